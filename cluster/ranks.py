@@ -1,0 +1,77 @@
+"""How Ray Train's workers find each other: the variables torchrun would set, and no torch.
+
+Ray's own TorchConfig imports torch and joins the process group before the worker's code runs;
+there DeepSpeed could not be told first what not to compile.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.train.backend import Backend, BackendConfig
+
+
+@dataclass
+class RanksConfig(BackendConfig):
+    """`environment`: further variables of every worker."""
+
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return RanksBackend
+
+
+class RanksBackend(Backend):
+    share_cuda_visible_devices = True
+
+    def on_training_start(self, worker_group: Any, backend_config: RanksConfig) -> None:
+        address, port = worker_group.execute_single(0, _rendezvous)
+        worker_group.execute(_set_environment, address, port, backend_config.environment)
+
+
+def _rendezvous() -> tuple[str, int]:
+    """(address, free port) of this worker, on the interface the cluster talks over."""
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
+        free.bind((address, 0))
+        return address, free.getsockname()[1]
+
+
+def _set_environment(address: str, port: int, environment: dict[str, str]) -> None:
+    import ray.train
+
+    context = ray.train.get_context()
+    os.environ |= {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "RANK": str(context.get_world_rank()),
+        "WORLD_SIZE": str(context.get_world_size()),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        **environment,
+    }
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(_own_address())):
+        # Without it gloo takes the address its host name resolves to, often 127.0.1.1.
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _own_address() -> str:
+    import ray
+
+    return ray.util.get_node_ip_address()
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface that has this address."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.split("%")[0] == address for entry in addresses):
+            return name
+    return None

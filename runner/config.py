@@ -1,0 +1,476 @@
+"""run.yaml → Config. Checks, never derives: what follows from it is `plan/`'s.
+
+Torch-free, so that `trimpot plan` and an editor's schema answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from trimpot.runner.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Auto = Literal["auto"]
+
+
+def _one_line(text: str) -> str:
+    if "\n" in text or "\0" in text:
+        raise ValueError("a path or name on one line is wanted")
+    longest = max(len(part.encode()) for part in text.split("/"))
+    if longest > 255:
+        raise ValueError(f"a name of {longest} bytes is in it; file systems take 255")
+    return text
+
+
+Name = Annotated[str, Field(min_length=1), AfterValidator(_one_line)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=False,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+
+class ModelSection(Section):
+    path: Name
+    """Folder with config.json and safetensors, or a Hugging Face id such as `org/name`."""
+    revision: Name | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """transformers' attention implementation."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in backward: about a third more time for far less memory."""
+
+
+class AdapterSection(Section):
+    lora_rank: Annotated[int, Field(ge=1, le=256)] = 16
+    """Rank r of the update B·A (Hu et al. 2021)."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    """The update is scaled by lora_alpha / lora_rank."""
+    lora_dropout: Fraction = 0.0
+    """Dropout on the input of A while training."""
+    target_modules: Literal["all-linear"] | list[Name] = "all-linear"
+    """Names of the linear layers to adapt (last part of the name); all-linear spares the head."""
+
+
+class FreezeSection(Section):
+    trainable: Annotated[list[Name], Field(min_length=1)]
+    """Shell patterns over parameter names, such as `model.layers.29.*`. The rest is frozen."""
+
+
+class DataSection(Section):
+    train: Name
+    """JSONL, JSON, Parquet or CSV file, or a folder saved by `datasets`."""
+    eval: Name | None = None
+    """Held-out data of the same form. Without it, `eval_fraction` of train is held out."""
+    eval_fraction: Annotated[float, Field(ge=0, lt=0.9)] = 0.05
+    """Share of train that is held out, chosen by content: duplicates stay on one side."""
+    format: Literal["auto", "chat", "prompt_completion", "text"] = "auto"
+    """auto goes by the columns: messages | prompt + completion | text."""
+    messages_column: Name = "messages"
+    """Column of chat rows: a list of {role, content}."""
+    prompt_column: Name = "prompt"
+    """Column with what the model is asked; not trained."""
+    completion_column: Name = "completion"
+    """Column with what it learns to answer."""
+    text_column: Name = "text"
+    """Column of plain text, all of it trained."""
+    system_prompt: str | None = None
+    """Put before each conversation that has no system message of its own."""
+    chat_template: str | None = None
+    """Jinja text that replaces the tokenizer's own template."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Tokens per sample."""
+    overlong: Literal["drop", "truncate", "error"] = "truncate"
+    """What happens to a sample over max_length. Truncation keeps the beginning."""
+    packing: bool = False
+    """Fill rows of max_length with several samples, each with its own positions and attention."""
+
+    @model_validator(mode="after")
+    def _eval_once(self) -> DataSection:
+        if self.eval is not None and "eval_fraction" in self.model_fields_set:
+            raise ValueError("eval and eval_fraction are both set; keep one of them")
+        return self
+
+
+class OptimSection(Section):
+    batch_size: Positive = 16
+    """Samples per optimizer step, over all workers and accumulation steps."""
+    micro_batch_size: Positive | Auto = "auto"
+    """Samples that one worker runs through the model at a time."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Times through the training data; parts of one are allowed."""
+    max_steps: Positive | None = None
+    """Optimizer steps. Without this and epochs: one epoch."""
+    learning_rate: Annotated[float, Field(gt=0, lt=10)] = 2e-4
+    """The highest; `schedule` leads away from it."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up; cosine and linear end at `final_fraction`."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the rate rises from 0."""
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of learning_rate that the schedule ends at."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled, and on matrices only."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's averages of gradient and squared gradient."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's guard against division by zero."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this norm; null leaves them."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> OptimSection:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("epochs and max_steps are both set; keep one of them")
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} leaves nothing of max_steps {self.max_steps}; "
+                "set fewer warm-up steps"
+            )
+        if self.micro_batch_size != "auto" and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of micro_batch_size "
+                f"{self.micro_batch_size}; the next that is: "
+                f"{-(-self.batch_size // self.micro_batch_size) * self.micro_batch_size}"
+            )
+        return self
+
+
+class FleetSection(Section):
+    workers: Positive | Auto = "auto"
+    """Ray Train workers; auto: one per GPU of the cluster, or one on a machine without."""
+    nodes: Positive = 1
+    """Machines, for `trimpot plan` and the price; Ray places the workers where it has room."""
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | Auto = "auto"
+    """0 trains on the CPU; auto: 1 where the cluster has enough."""
+    cpus_per_worker: Positive = 1
+    """CPU cores that Ray keeps for each worker."""
+    gpu: Name | None = None
+    """Name of the GPU, such as H100-80GB. Its memory then need not be given."""
+    memory_per_worker: Annotated[int, Field(gt=0)] | None = None
+    """Bytes that one worker may use; measured where it is not given."""
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    """US$ for the whole fleet."""
+    preemptible: bool = False
+    """The machines may be taken away at any time."""
+    zero_stage: Literal[0, 1, 2, 3] | Auto = "auto"
+    """DeepSpeed ZeRO; auto takes the lowest stage whose predicted memory fits."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory."""
+    start_timeout_s: Annotated[float, Field(ge=0)] = 120
+    """How long a cluster may take to have room for the workers: nodes join, or are started."""
+    network_interface: Name | None = None
+    """Interface the workers talk over (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)."""
+
+
+class CheckpointSection(Section):
+    every_steps: Positive = 100
+    """Optimizer steps between checkpoints; the last step always has one."""
+    keep: Positive = 2
+    """Checkpoints kept on disk, the newest ones."""
+
+
+class EvaluationSection(Section):
+    every_steps: Positive | None = None
+    """Held-out loss every so many steps; always before the first and after the last."""
+    max_samples: Positive = 256
+    """Held-out samples that are scored, the first of the split."""
+
+
+class SamplesSection(Section):
+    prompts: Annotated[int, Field(ge=0, le=16)] = 2
+    """Held-out prompts answered before and after, for the report."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=1024)] = 48
+    """Length of those answers, at most."""
+
+
+class TrackingSection(Section):
+    sinks: list[Literal["tensorboard", "mlflow", "wandb", "trackio"]] = []
+    """Where metrics go besides the journal. A sink that fails is dropped with a warning."""
+    project: Name = "trimpot"
+    """Project or experiment that the sinks file the run under."""
+    run_name: Name | None = None
+    """Name in the sinks; without it, that of the run's folder."""
+
+
+class Config(Section):
+    """A run, as run.yaml states it."""
+
+    model: ModelSection
+    """What is trained."""
+    task: Literal["causal_lm"] = "causal_lm"
+    """What it is trained to do."""
+    method: Literal["lora", "freeze", "full"] = "lora"
+    """lora trains adapters, freeze the parameters that `freeze.trainable` names, full all."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of weights and activations; optimizer state is fp32 in both."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Decides the held-out split, the order of samples, the start of adapters, dropout."""
+    output_dir: Name
+    """The run's folder: journal, checkpoints, adapter, report. On a cluster: on shared storage."""
+    adapter: AdapterSection = AdapterSection()
+    """What method lora adds."""
+    freeze: FreezeSection | None = None
+    """What method freeze trains."""
+    data: DataSection
+    """What it is trained on."""
+    optim: OptimSection = OptimSection()
+    """How it is trained."""
+    fleet: FleetSection = FleetSection()
+    """Where it is trained."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """When it is saved."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """When the held-out loss is measured."""
+    samples: SamplesSection = SamplesSection()
+    """What is answered for the report."""
+    tracking: TrackingSection = TrackingSection()
+    """Where else metrics go."""
+
+    @model_validator(mode="after")
+    def _method_has_its_section(self) -> Config:
+        if self.method == "freeze" and self.freeze is None:
+            raise ValueError("method freeze wants freeze.trainable: the names that are trained")
+        if self.method != "freeze" and self.freeze is not None:
+            raise ValueError(f"freeze is set, but method is {self.method}; set method: freeze")
+        if self.method != "lora" and "adapter" in self.model_fields_set:
+            raise ValueError(
+                f"adapter is set, but method is {self.method}; set method: lora or remove adapter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_has_a_stage(self) -> Config:
+        if self.fleet.offload_optimizer and self.fleet.zero_stage == 0:
+            raise ValueError("fleet.offload_optimizer needs zero_stage 1, 2 or 3; 0 is set")
+        return self
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML without duplicate keys and without aliases (an alias bomb is 1 kB that fills memory)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
+            mark: Any = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", mark)
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, str | int | float | bool) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key if isinstance(key, str | int | float | bool) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 5e-4 as text; everyone who writes a learning rate means a number.
+_UniqueKeyLoader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a run.yaml, apply `key=value` overrides, check it.
+
+    Relative paths in the file count from the file's own folder, so that a run directory can be
+    moved as a whole; relative paths in overrides count from the current one.
+    Raises ConfigError with one line a fault.
+    """
+    raw = read_yaml(path)
+    resolve_paths(raw, path.resolve().parent)
+    for override in overrides:
+        apply_override(raw, override)
+    return check_config(raw, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} is not there; give the path of a run.yaml, or write one with `trimpot init`"
+        ) from None
+    except IsADirectoryError:
+        inside = path / "run.yaml"
+        hint = f"did you mean {inside}?" if inside.is_file() else "a run.yaml is wanted"
+        raise ConfigError(f"{path} is a folder; {hint}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text; a run.yaml is wanted") from None
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from None
+    try:
+        raw = yaml.load(text, _UniqueKeyLoader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {_yaml_fault(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply; a run.yaml has two levels") from None
+    if not isinstance(raw, dict):
+        kind = "empty" if raw is None else f"a {type(raw).__name__}"
+        raise ConfigError(f"{path} is {kind}; a mapping with model, data, output_dir is wanted")
+    return raw  # pyright: ignore[reportUnknownVariableType]
+
+
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return f"{where}{problem}"
+
+
+PATH_KEYS = (("data", "train"), ("data", "eval"), ("model", "path"), (None, "output_dir"))
+
+
+def resolve_paths(raw: dict[str, Any], base: Path) -> None:
+    """Make the file's relative paths absolute, in place. A hub id that is no folder stays."""
+    for section, key in PATH_KEYS:
+        holder = raw if section is None else raw.get(section)
+        if not isinstance(holder, dict) or not isinstance(value := holder.get(key), str):  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            continue
+        if "\0" in value or "\n" in value:
+            continue
+        path = base / Path(value).expanduser()
+        if section != "model" or looks_local(value) or _exists(path):
+            holder[key] = str(path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for a file
+        return False
+
+
+def looks_local(model: str) -> bool:
+    """Whether a model's path is a path for certain: a hub id is `name` or `org/name`."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """`optim.learning_rate=1e-4` → raw["optim"]["learning_rate"] = 0.0001, in place."""
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise ConfigError(f"{override!r} is no override; write it as section.key=value")
+    try:
+        value = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {override!r} is not valid: {_yaml_fault(error)}") from None
+    holder: dict[str, Any] = raw
+    for depth, name in enumerate(names[:-1]):
+        inner = holder.setdefault(name, {})
+        if not isinstance(inner, dict):
+            above = ".".join(names[: depth + 1])
+            raise ConfigError(f"{override!r} goes into {above}, which is a value, not a section")
+        holder = inner  # pyright: ignore[reportUnknownVariableType]
+    holder[names[-1]] = value
+    if (tuple(names[:-1]) or (None,), names[-1]) in {((s,), k) for s, k in PATH_KEYS}:
+        resolve_paths(raw, Path.cwd())  # the file's own are absolute by now
+
+
+def check_config(raw: dict[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        faults = [_describe(fault) for fault in error.errors(include_url=False)]
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise ConfigError(f"{source}: " + "; ".join(_unique(faults)[:3]) + more) from None
+
+
+def _unique(items: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(items))
+
+
+def _describe(fault: Any) -> str:
+    """One line of a pydantic error: where, what is, what was wanted."""
+    loc: tuple[Any, ...] = tuple(
+        part
+        for part in fault["loc"]
+        if not (isinstance(part, str) and ("[" in part or "-" in part))
+    )
+    loc = tuple(part for part in loc if part not in ("int", "float", "constrained-int"))
+    where = ".".join(str(part) for part in loc)
+    match fault["type"]:
+        case "extra_forbidden":
+            known = sorted(_keys_at(loc[:-1]))
+            close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.6)
+            elsewhere = [key for key in all_keys() if key.split(".")[-1] == str(loc[-1])]
+            hint = (
+                f"did you mean {elsewhere[0]}?"
+                if elsewhere
+                else f"did you mean {close[0]}?"
+                if close
+                else f"known here: {', '.join(known)}"
+            )
+            return f"unknown key {where}; {hint}"
+        case "invalid_key":
+            return f"unknown key {where}; keys are words: {', '.join(sorted(_keys_at(loc[:-1])))}"
+        case "missing":
+            return f"{where} is missing; it must be set"
+        case "value_error":
+            message = str(fault["msg"]).removeprefix("Value error, ")
+            return f"{where}: {message}" if where else message
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{where} is {_show(fault['input'])}; a section with keys is wanted"
+        case _:
+            message = str(fault["msg"])
+            message = message[:1].lower() + message[1:]
+            return f"{where} is {_show(fault['input'])}: {message}"
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _sections(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel] | None]]:
+    for name, info in model.model_fields.items():
+        options = (info.annotation, *getattr(info.annotation, "__args__", ()))
+        inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        yield name, inner[0] if inner else None
+
+
+def _keys_at(loc: tuple[Any, ...]) -> list[str]:
+    model: type[BaseModel] | None = Config
+    for part in loc:
+        model = dict(_sections(model)).get(str(part)) if model else None
+    return [name for name, _ in _sections(model)] if model else []
+
+
+def all_keys() -> list[str]:
+    """Every key of the config, dotted."""
+    keys: list[str] = []
+    for name, section in _sections(Config):
+        keys += [f"{name}.{key}" for key, _ in _sections(section)] if section else [name]
+    return keys
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of run.yaml, for editors."""
+    return Config.model_json_schema()

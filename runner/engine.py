@@ -1,0 +1,262 @@
+"""The one door to DeepSpeed: start it, step it, and reach its state by parameter name.
+
+Nothing is compiled at run time: `shm_comm` (66 CPU-seconds, serves inference only) is declared
+absent, and the optimizer is torch's own. DeepSpeed's checkpoints are not used: they are pickled
+and tied to the world size.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from trimpot.runner.types import Plan
+
+State = dict[str, dict[str, torch.Tensor]]
+"""{parameter name: {"weight" | "exp_avg" | "exp_avg_sq": fp32 tensor of the parameter's shape}}."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def deepspeed_config(plan: Plan) -> dict[str, Any]:
+    """DeepSpeed's configuration of a plan."""
+    optim = plan.config.optim
+    return {
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "train_batch_size": optim.batch_size,
+        "gradient_clipping": optim.max_grad_norm or 0.0,
+        "zero_optimization": plan.zero,
+        "bf16": {"enabled": plan.config.precision == "bf16"},
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 40,
+    }
+
+
+def join_workers() -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR name; alone without them."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@dataclass
+class Engine:
+    """A model under DeepSpeed. `names` are the trained parameters, in the model's order."""
+
+    inner: Any
+    optimizer: torch.optim.Optimizer
+    names: dict[str, nn.Parameter]
+    zero_stage: int
+    plain_norm: float = 0.0
+
+    @property
+    def module(self) -> nn.Module:
+        return self.inner.module
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the loss's gradients; the last call of a step reduces them over the workers.
+
+        Gradients are summed over accumulation steps and averaged over workers.
+        """
+        self.inner.backward(loss, scale_wrt_gas=False)
+        if (
+            self.inner.optimizer is self.optimizer
+            and self.inner.is_gradient_accumulation_boundary()
+        ):
+            # At stage 0 in fp32 DeepSpeed clips without telling the norm.
+            gradients = [p.grad for p in self.names.values() if p.grad is not None]
+            self.plain_norm = float(torch.nn.utils.get_total_norm(gradients))
+        self.inner.step()  # updates at the last accumulation step only
+
+    def set_learning_rate(self, value: float) -> None:
+        for group in self.inner.optimizer.param_groups:
+            group["lr"] = value
+
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient, before clipping."""
+        norm = self.inner.get_global_grad_norm()
+        return float(norm) if norm is not None else self.plain_norm
+
+    def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+        """Inside, parameters that ZeRO-3 has partitioned are whole on every worker."""
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3)
+
+    def state(self) -> State:
+        """fp32 weights and moments of what is trained. Every worker must call; all get it.
+
+        Moments are absent before the first step.
+        """
+        found: State = {}
+        for name, parameter in self.names.items():
+            get = self._reader(parameter)
+            values = {key: get(key) for key in ("weight", *MOMENTS)}
+            found[name] = {k: v.detach().cpu().float() for k, v in values.items() if v is not None}
+        return found
+
+    def _reader(self, parameter: nn.Parameter) -> Callable[[str], torch.Tensor | None]:
+        if self.zero_stage:
+            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+            return lambda key: (
+                safe_get_full_fp32_param(parameter)
+                if key == "weight"
+                else safe_get_full_optimizer_state(parameter, key)
+            )
+        master = self._master(parameter)
+        state = self.optimizer.state.get(master, {})
+        return lambda key: master if key == "weight" else state.get(key)
+
+    def _master(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The fp32 tensor that the optimizer steps at stage 0: bf16 runs keep a copy apart."""
+        wrapped = self.inner.optimizer
+        if wrapped is self.optimizer:
+            return parameter
+        for low, high in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
+            for p, master in zip(low, high, strict=True):
+                if p is parameter:
+                    return master
+        raise AssertionError("a trained parameter that the optimizer does not hold")
+
+    def load_moments(self, state: State, step: int) -> None:
+        """Put back what `state()` gave, after `step` steps. Weights must stand in the model
+        already, from before DeepSpeed took it over: later, its bf16 copy would be stale."""
+        self._make_moments()
+        for name, parameter in self.names.items():
+            for key in ("weight", *MOMENTS):
+                self._write(parameter, key, state[name][key])
+        self.set_step(step)
+
+    def set_step(self, step: int) -> None:
+        """How many steps Adam believes to have done: it divides by 1 − βˢᵗᵉᵖ."""
+        for moments in self.optimizer.state.values():
+            if "step" in moments:
+                moments["step"] = torch.full_like(moments["step"], float(step))
+
+    def _write(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
+        if self.zero_stage:
+            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+            if key == "weight":
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
+            return
+        master = self._master(parameter)
+        target = master if key == "weight" else self.optimizer.state[master][key]
+        with torch.no_grad():
+            target.copy_(value)
+
+    def _make_moments(self) -> None:
+        """One step with learning rate 0 and gradient 0: until then Adam has no moments."""
+        rates = [group["lr"] for group in self.inner.optimizer.param_groups]
+        self.set_learning_rate(0.0)
+        self.module.train()
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=device())
+        for _ in range(self.inner.gradient_accumulation_steps()):
+            self.backward(self.inner(input_ids=ids).logits.float().sum() * 0.0)
+        for group, rate in zip(self.inner.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def start_engine(plan: Plan, model: nn.Module) -> Engine:
+    """Hand the model to DeepSpeed. Every worker must call."""
+    import deepspeed
+
+    names = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        _groups(plan, list(names.values())),
+        lr=plan.config.optim.learning_rate,
+        betas=plan.config.optim.betas,
+        eps=plan.config.optim.eps,
+    )
+    inner, _, _, _ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config(plan)
+    )
+    engine = Engine(inner, optimizer, names, plan.zero_stage)
+    # In bf16 at stage 0 DeepSpeed makes the moments by a step of its own, and counts it: the
+    # first update would be 0.74 of what Adam says.
+    engine.set_step(0)
+    return engine
+
+
+def _groups(plan: Plan, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Weight decay on matrices only: on norms and biases it has nothing to regularise."""
+    decay = plan.config.optim.weight_decay
+    if not decay:
+        return [{"params": parameters, "weight_decay": 0.0}]
+    # ZeRO-3 has flattened its parameters; ds_shape keeps what they were.
+    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
+    rest = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [(matrices, decay), (rest, 0.0)]
+    return [{"params": part, "weight_decay": value} for part, value in groups if part]
+
+
+def load_weights(model: nn.Module, state: State, zero_stage: int) -> None:
+    """Copy trained weights into a model that `start_engine` has not yet seen."""
+    import deepspeed
+
+    named = dict(model.named_parameters())
+    for name, tensors in state.items():
+        parameter = named[name]
+        partitioned = zero_stage == 3 and hasattr(parameter, "ds_id")
+        with (
+            deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned),
+            torch.no_grad(),
+        ):
+            if not partitioned or dist.get_rank() == 0:
+                parameter.copy_(tensors["weight"])
+
+
+def sum_over_workers(values: list[float]) -> list[float]:
+    """Each value summed over all workers, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def leave_workers() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def memory_bytes() -> int:
+    """Peak memory of this worker: allocated on its GPU, or resident without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, world_size)."""
+    return dist.get_rank(), dist.get_world_size()

@@ -1,0 +1,54 @@
+"""Errors that a person sees: what is, what was wanted, what to do.
+
+They pickle (they cross Ray), and each carries the exit code its command ends with.
+"""
+
+from __future__ import annotations
+
+
+class TrimpotError(Exception):
+    """The run failed for a reason that is worth one line. Exit code 1."""
+
+    exit_code = 1
+
+
+class UserError(TrimpotError):
+    """The user can mend this: a config, a path, a data file. Exit code 2."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """The run.yaml, or an override of it, does not say a valid run."""
+
+
+class DataError(UserError):
+    """The data can't be read, or nothing in it can be trained on."""
+
+
+class ModelError(UserError):
+    """The model is not there, or is not what the task needs."""
+
+
+class PlanError(UserError):
+    """No arrangement of workers and batches does what was asked."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is damaged, foreign, or of another run."""
+
+
+class StorageError(UserError):
+    """The run directory can't be written."""
+
+
+class ClusterError(UserError):
+    """The Ray cluster does not answer, or has too little to offer."""
+
+
+class TrainError(TrimpotError):
+    """Training itself failed: a loss that is not finite, a worker that died."""
+
+
+class ExportError(TrimpotError):
+    """What would be written does not compute what was trained."""

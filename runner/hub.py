@@ -1,0 +1,313 @@
+"""The one door to transformers: models and tokenizers. safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimpot.runner.data.templates import Message, Render
+from trimpot.runner.errors import ModelError, StorageError
+from trimpot.runner.plan.facts import ModelFacts, facts_from, read_facts
+
+if TYPE_CHECKING:
+    import torch
+
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
+
+
+class Tokenizer:
+    """A fast tokenizer with its chat template. Does not import torch."""
+
+    def __init__(self, folder: Path):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        # AutoTokenizer imports torch (2 s); tokenizer.json needs nothing but this class (0.6 s).
+        from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+
+        if not (folder / "tokenizer.json").is_file():
+            raise ModelError(
+                f"{folder}/tokenizer.json is not there; save the model's fast tokenizer beside it"
+            )
+        with _quiet():
+            try:
+                self.inner = PreTrainedTokenizerFast.from_pretrained(str(folder))
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                raise ModelError(f"{folder} has no usable tokenizer: {_line(error)}") from None
+        if self.inner.eos_token is None:
+            raise ModelError(
+                f"the tokenizer in {folder} names no eos_token; set it in tokenizer_config.json"
+            )
+        self.folder = folder
+
+    @property
+    def end(self) -> str:
+        return str(self.inner.eos_token)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what decides token ids: the tokenizer's file and its template."""
+        digest = hashlib.sha256((self.folder / "tokenizer.json").read_bytes())
+        digest.update(json.dumps([self.end, self.inner.chat_template], default=str).encode())
+        return digest.hexdigest()
+
+    def renderer(self, template: str | None) -> Render | None:
+        """Renders conversations with `template`, or the tokenizer's own; None without one."""
+        if template is None and self.inner.chat_template is None:
+            return None
+
+        def render(messages: list[Message], add_generation_prompt: bool) -> str:
+            import jinja2
+
+            try:
+                return self.inner.apply_chat_template(
+                    messages,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
+            except (jinja2.TemplateError, TypeError, KeyError) as error:
+                raise ValueError(_line(error)) from None
+
+        return render
+
+    def encode(
+        self, texts: Sequence[str], special: bool
+    ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """(ids, character offsets) of each text; `special` adds the tokenizer's BOS."""
+        encoded = self.inner(
+            list(texts), add_special_tokens=special, return_offsets_mapping=True, verbose=False
+        )
+        yield from zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.inner.decode(list(ids), skip_special_tokens=True)
+
+
+def find_model(path: str, revision: str | None) -> Path | None:
+    """The local folder of a model, or None for a hub id that has to be fetched.
+
+    Raises ModelError for a path that is not there.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"model.path {path} is a file; a folder with config.json is wanted")
+    if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise ModelError(
+            f"model.path {path} is not there; give a folder with config.json and safetensors, "
+            "or a Hugging Face id (org/name)"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                path, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=True
+            )
+        )
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError:
+        raise ModelError(
+            f"model.path {path!r} is neither a folder here nor a Hugging Face id; "
+            "give a folder with config.json, or org/name"
+        ) from None
+
+
+def fetch_model(path: str, revision: str | None) -> Path:
+    """The local folder of a model, downloaded where it has to be. Raises ModelError."""
+    if (folder := find_model(path, revision)) is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(HUB_FILES)))
+    except OfflineModeIsEnabled:
+        raise _not_here(path, "and HF_HUB_OFFLINE forbids to fetch it; unset that") from None
+    except HfHubHTTPError as error:
+        raise _not_here(path, f"and the hub answers: {_line(error)}; check the name") from None
+    except OSError:  # ConnectionError and LocalEntryNotFoundError among them
+        raise _not_here(path, "and the hub does not answer; check the network") from None
+
+
+def _not_here(path: str, why: str) -> ModelError:
+    return ModelError(f"model {path} is not in the local cache {why}, or give a local folder")
+
+
+def model_facts(path: str, revision: str | None) -> ModelFacts:
+    """Shapes of a model; of a hub model only its headers are fetched."""
+    if (folder := find_model(path, revision)) is not None:
+        return read_facts(folder)
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        config = json.loads(
+            Path(hf_hub_download(path, "config.json", revision=revision)).read_text()
+        )
+        files = HfApi().get_safetensors_metadata(path, revision=revision).files_metadata
+    except OfflineModeIsEnabled:
+        raise _not_here(path, "and HF_HUB_OFFLINE forbids to fetch it; unset that") from None
+    except HfHubHTTPError as error:
+        raise _not_here(path, f"and the hub answers: {_line(error)}; check the name") from None
+    except OSError:
+        raise _not_here(path, "and the hub does not answer; check the network") from None
+    tensors = {n: tuple(t.shape) for file in files.values() for n, t in file.tensors.items()}
+    return facts_from(config, tensors, path)
+
+
+def load_causal_lm(
+    folder: Path, *, dtype: torch.dtype, attention: str = "sdpa", deepspeed: dict[str, Any] | None
+) -> torch.nn.Module:
+    """An AutoModelForCausalLM in train mode on the CPU, or partitioned as `deepspeed` says.
+
+    `deepspeed`: a ZeRO-3 config, under which each worker builds only its share.
+    """
+    from transformers import AutoModelForCausalLM
+
+    holder = None
+    if deepspeed is not None:
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+        # Must live while the model is built: collected early, sharded loading turns itself off.
+        holder = HfDeepSpeedConfig(deepspeed)
+    with _quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        except (ValueError, OSError, KeyError, ImportError, RuntimeError) as error:
+            raise ModelError(f"{folder} can't be loaded for causal_lm: {_line(error)}") from error
+    del holder
+    model.config.use_cache = False
+    return model.train()
+
+
+def recompute_layers(model: Any) -> None:
+    """Activation checkpointing per layer, in place."""
+    # Not reentrant: the reentrant form needs inputs with gradients, which frozen embeddings
+    # do not give.
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' progress bars and advice off: the run's display is the one that speaks."""
+    from transformers.utils import logging as speech
+
+    level = speech.get_verbosity()
+    speech.set_verbosity_error()
+    speech.disable_progress_bar()
+    try:
+        yield
+    finally:
+        speech.set_verbosity(level)
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def convert_gguf(gguf: Path, out: Path) -> None:
+    """Write a GGUF file's model and tokenizer as safetensors, config.json and tokenizer.json.
+
+    The weights are written in float32: of dequantised Q4_1 weights (4 bits × a float16 scale +
+    a float16 offset) bfloat16 holds a fifth exactly and would round the others a second time.
+    Raises ModelError where the file can't be read or does not make a working chat model,
+    StorageError where `out` can't be written.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with _silent():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            ).eval()
+        except (ValueError, KeyError, TypeError, ImportError, OSError, RuntimeError) as error:
+            raise ModelError(f"{gguf} can't be converted: {_line(error)}") from error
+        if hasattr(model.config, "quantization_config"):
+            delattr(model.config, "quantization_config")  # the weights are dense from here on
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        _check_converted(model, tokenizer, gguf)
+        try:
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"{out} can't be written: {_line(error)}") from None
+
+
+REPEATED = "My name is Zorblax Quindel. I live in Veltrope. " * 4
+
+
+def _check_converted(model: Any, tokenizer: Any, gguf: Path) -> None:
+    """Raises ModelError unless turns end with the EOS token and the model copies what it read.
+
+    Loss as a share of chance, ln(vocabulary), SmolLM2-135M on REPEATED: 0.16 as it should be,
+    0.45 to 0.47 with the rows of q and k in a wrong order, 1.12 with every o_proj transposed.
+    Plain prose tells these apart badly (0.51 against 0.47 on eight tokens). One transposed
+    matrix of one layer is not seen (0.17).
+    """
+    import torch
+
+    end = tokenizer.eos_token_id
+    if tokenizer.chat_template is None or end is None:
+        raise ModelError(f"{gguf} has no chat template or no end token; a chat model is wanted")
+    if end != model.generation_config.eos_token_id:
+        raise ModelError(f"{gguf} names two end-of-text tokens; its tokenizer and model must agree")
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
+    if tokenizer(text, add_special_tokens=False).input_ids[-1] != end:
+        raise ModelError(f"{gguf}: its chat template ends a turn without {tokenizer.eos_token}")
+    ids = tokenizer(REPEATED, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        loss = model(input_ids=ids, labels=ids).loss.item()
+        prompt = tokenizer.apply_chat_template(
+            turns[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        answer = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    chance = math.log(model.config.vocab_size)
+    if not loss < 0.3 * chance or answer.shape[1] <= prompt["input_ids"].shape[1]:
+        raise ModelError(
+            f"{gguf} converts to a model with loss {loss:.2f} on a text that repeats itself, "
+            f"under {0.3 * chance:.2f} was wanted; the file is damaged, or not of a kind that "
+            "transformers can read"
+        )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """_quiet, and also what libraries log or draw past transformers' switches.
+
+    The GGUF reader's bar is a bare tqdm on stderr, and DeepSpeed, which save_pretrained
+    imports, warns of a machine without a GPU. Errors pass as exceptions.
+    """
+    disabled = logging.root.manager.disable
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)

@@ -1,0 +1,130 @@
+"""The training loop: steps, held-out loss, learning rate."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from trimpot.runner.config import OptimSection
+from trimpot.runner.data.batch import collate
+from trimpot.runner.data.compile import Compiled
+from trimpot.runner.data.cursor import Cursor, deal
+from trimpot.runner.engine import Engine, device, memory_bytes, ranks, sum_over_workers
+from trimpot.runner.errors import TrainError
+from trimpot.runner.tasks.causal_lm import token_loss_sum
+from trimpot.runner.types import Plan, StepReport
+
+
+def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:
+    """Rate of optimizer step `step` (from 1): linear warm-up, then the schedule."""
+    if step <= optim.warmup_steps:
+        return optim.learning_rate * step / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.learning_rate
+    # The first step after warm-up runs at the full rate, the last one just above the floor.
+    done = (step - 1 - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
+    falling = (1 + math.cos(math.pi * done)) / 2 if optim.schedule == "cosine" else 1 - done
+    return optim.learning_rate * (optim.final_fraction + (1 - optim.final_fraction) * falling)
+
+
+def run_loop(
+    plan: Plan, engine: Engine, data: Compiled, first: int, stopped: Callable[[], bool]
+) -> Iterator[tuple[StepReport, bool]]:
+    """Optimizer steps `first` … total, each with whether to stop after it.
+
+    `stopped` is asked on rank 0 and its answer reaches all workers with the step's loss, so that
+    they stop at the same step.
+    """
+    assert plan.total_steps is not None
+    rank, _ = ranks()
+    cursor = Cursor(len(data), plan.config.seed)
+    lengths, trained = data.lengths, data.trained_lengths
+    for step in range(first, plan.total_steps + 1):
+        start = time.perf_counter()
+        rate = learning_rate(plan.config.optim, step, plan.total_steps)
+        engine.set_learning_rate(rate)
+        size = plan.config.optim.batch_size
+        indices = cursor.take((step - 1) * size, size)
+        tokens = int(trained[indices].sum())
+        micros = deal(indices, lengths, plan.micro_batch_size)
+        local = _train_step(plan, engine, data, step, micros, tokens)
+        total, stop = sum_over_workers([local, float(rank == 0 and stopped())])
+        loss = total / tokens
+        if not math.isfinite(loss):
+            raise TrainError(
+                f"the loss of step {step} is {loss}; samples {sorted(indices.tolist())[:8]} …; "
+                "lower optim.learning_rate, or look at these samples"
+            )
+        report = StepReport(
+            step=step,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=engine.grad_norm(),
+            tokens=int(lengths[indices].sum()),
+            trained_tokens=tokens,
+            seconds=time.perf_counter() - start,
+            memory_bytes=memory_bytes(),
+        )
+        yield report, stop > 0
+
+
+def _train_step(
+    plan: Plan, engine: Engine, data: Compiled, step: int, micros: np.ndarray, tokens: int
+) -> float:
+    """Forward and backward of this worker's micro-batches → its share of the summed loss.
+
+    Every worker knows the whole step's samples, hence its trained tokens, without asking anyone.
+    DeepSpeed averages gradients over workers; × world_size makes a sum of that.
+    """
+    rank, world = ranks()
+    engine.inner.train()
+    total = 0.0
+    for number in range(rank, len(micros), world):
+        # Dropout depends on which micro-batch this is, never on who computes it.
+        torch.manual_seed(_mix(plan.config.seed, step, number))
+        batch = _tensors(plan, data, micros[number])
+        loss = token_loss_sum(engine.inner, batch)
+        engine.backward(loss * (world / tokens))
+        total += loss.item()
+    return total
+
+
+def _mix(*parts: int) -> int:
+    text = " ".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
+def _tensors(plan: Plan, data: Compiled, samples: np.ndarray) -> dict[str, torch.Tensor]:
+    batch = collate(data, samples.tolist(), plan.config.data.packing)
+    return {key: value.to(device(), non_blocking=True) for key, value in batch.items()}
+
+
+def held_out_loss(plan: Plan, engine: Engine, data: Compiled) -> tuple[float, int, int]:
+    """(nats per trained token, trained tokens, samples) of the held-out split.
+
+    Every worker must call. Workers with fewer micro-batches repeat one at weight 0: under ZeRO-3
+    a forward is a collective, and all must do as many.
+    """
+    rank, world = ranks()
+    count = min(len(data), plan.config.evaluation.max_samples)
+    order = np.argsort(-data.lengths[:count], kind="stable")
+    size = plan.micro_batch_size
+    micros = [order[i : i + size] for i in range(0, count, size)]
+    engine.inner.eval()
+    loss = tokens = 0.0
+    with torch.no_grad():
+        for start in range(0, len(micros), world):
+            number = start + rank
+            samples = micros[min(number, len(micros) - 1)]
+            value = token_loss_sum(engine.inner, _tensors(plan, data, samples)).item()
+            if number < len(micros):
+                loss += value
+                tokens += float(data.trained_lengths[samples].sum())
+    engine.inner.train()
+    loss, tokens = sum_over_workers([loss, tokens])
+    return loss / tokens, int(tokens), count

@@ -1,0 +1,59 @@
+"""Plan → the model of a worker, with what the method trains left trainable."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimpot.runner import hub
+from trimpot.runner.adapters.lora import add_lora
+from trimpot.runner.errors import ConfigError
+from trimpot.runner.types import Plan
+
+
+def build_model(plan: Plan, deepspeed: dict[str, Any] | None) -> nn.Module:
+    """The model in train mode; under ZeRO-3 (`deepspeed` given) already partitioned."""
+    config = plan.config
+    folder = hub.fetch_model(plan.model_path, config.model.revision)
+    model = hub.load_causal_lm(
+        Path(folder),
+        dtype=dtype_of(plan),
+        attention=config.model.attention,
+        deepspeed=deepspeed if plan.zero_stage == 3 else None,
+    )
+    if config.method == "lora":
+        add_lora(model, config.adapter, config.seed)
+    elif config.method == "freeze":
+        assert config.freeze is not None
+        _freeze_but(model, config.freeze.trainable)
+    if config.model.activation_checkpointing:
+        hub.recompute_layers(model)
+    return model
+
+
+def dtype_of(plan: Plan) -> torch.dtype:
+    return torch.bfloat16 if plan.config.precision == "bf16" else torch.float32
+
+
+def _freeze_but(model: nn.Module, patterns: list[str]) -> None:
+    hit = dict.fromkeys(patterns, 0)
+    for name, parameter in model.named_parameters():
+        matched = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
+        parameter.requires_grad_(bool(matched))
+        for pattern in matched:
+            hit[pattern] += 1
+    if missed := [pattern for pattern, count in hit.items() if not count]:
+        example = next(name for name, _ in model.named_parameters())
+        raise ConfigError(
+            f"freeze.trainable {missed[0]!r} names no parameter; names look like {example}"
+        )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trained) parameters, also where ZeRO-3 has partitioned them."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)

@@ -1,0 +1,172 @@
+"""What a model is, read from its config.json and safetensors headers: no torch, no weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimpot.runner.errors import ModelError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors itself sets
+CONV1D = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "gpt2", "openai-gpt")
+"""Architectures whose layers are transformers' Conv1D, which is no nn.Linear."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of one model. `shapes` is {parameter name: shape}."""
+
+    architecture: str
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def largest_layer(self) -> int:
+        """Parameters of the largest block: what ZeRO-3 gathers at a time, embeddings aside."""
+        blocks: dict[str, int] = {}
+        for name, shape in self.shapes.items():
+            found = re.search(r"\.(\d+)\.", name)
+            if found:
+                blocks[name[: found.end()]] = blocks.get(name[: found.end()], 0) + math.prod(shape)
+        return max(blocks.values(), default=self.parameters // max(1, self.layers))
+
+    def linears(self, targets: str | list[str]) -> dict[str, tuple[int, ...]]:
+        """Weights of the linear layers that LoRA adapts: {name: (d_out, d_in)}.
+
+        Experts are not among them: transformers 5 holds those of a layer in one parameter.
+        """
+        found: dict[str, tuple[int, ...]] = {}
+        for name, shape in self.shapes.items():
+            module = name.removesuffix(".weight")
+            in_block = re.search(r"\.\d+\.", name) is not None
+            if len(shape) != 2 or module == name or not in_block:
+                continue
+            if self.architecture in CONV1D or re.search(r"\.experts\.\d+\.", name):
+                continue
+            if targets == "all-linear" or module.rsplit(".", 1)[-1] in targets:
+                found[module] = shape
+        return found
+
+
+def read_facts(folder: Path) -> ModelFacts:
+    """Facts of the model in a local folder. Raises ModelError."""
+    return facts_from(_read_json(folder / "config.json"), read_shapes(folder), str(folder))
+
+
+def facts_from(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], name: str) -> ModelFacts:
+    def first(*keys: str, default: int = 0) -> int:
+        for key in keys:
+            if isinstance(value := text.get(key), int):
+                if value <= 0:
+                    raise ModelError(
+                        f"{name}/config.json: {key} is {value}; one or more is wanted; "
+                        "download or save the model again"
+                    )
+                return int(value)
+        return default
+
+    # Multimodal models keep the language model's shapes in a section of their own.
+    section = config.get("text_config")
+    text: dict[str, Any] = section if isinstance(section, dict) else config  # pyright: ignore[reportUnknownVariableType]
+    heads, hidden = (
+        first("num_attention_heads", "n_head", default=1),
+        first("hidden_size", "n_embd", "d_model"),
+    )
+    named = config.get("architectures")
+    architectures = [str(n) for n in named] if isinstance(named, list) else []  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    if text.get("tie_word_embeddings"):  # some files hold the head all the same
+        shapes = {n: shape for n, shape in shapes.items() if n != "lm_head.weight"}
+    if not hidden or not config.get("model_type"):
+        raise ModelError(
+            f"{name}/config.json names no model_type or hidden_size; "
+            "a folder saved by transformers' save_pretrained is wanted"
+        )
+    return ModelFacts(
+        architecture=architectures[0] if architectures else str(config["model_type"]),
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        layers=first("num_hidden_layers", "n_layer", "num_layers", default=1),
+        hidden=hidden,
+        intermediate=first("intermediate_size", "n_inner", "d_ff", default=4 * hidden),
+        heads=heads,
+        kv_heads=first("num_key_value_heads", default=heads),
+        head_dim=first("head_dim", default=hidden // heads),
+        vocab=first("vocab_size"),
+        max_positions=first("max_position_embeddings", "n_positions", default=1 << 30),
+        shapes=shapes,
+    )
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """{parameter: shape} over all safetensors files of a model folder."""
+    index = folder / "model.safetensors.index.json"
+    files = _index_files(index) if index.is_file() else ["model.safetensors"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        path = folder / file
+        if not path.is_file():
+            pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
+            hint = (
+                f"{pickled[0].name} is pickled and is never loaded; convert it to safetensors"
+                if pickled
+                else "save the model with save_pretrained"
+            )
+            raise ModelError(f"{path} is not there; {hint}")
+        shapes |= read_header(path)
+    return shapes
+
+
+def _index_files(index: Path) -> list[str]:
+    """Names of the files that an index spreads the weights over."""
+    names = _read_json(index).get("weight_map")
+    files: set[Any] = set(names.values()) if isinstance(names, dict) else set()  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    if not files or not all(isinstance(f, str) and f == Path(f).name for f in files):
+        what = "a file outside its folder" if files else "no file in its weight_map"
+        raise ModelError(f"{index} names {what}; download or save the model again")
+    return sorted(files)
+
+
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """{tensor: shape} of one safetensors file (format: 8 bytes of length, then JSON)."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 0 < length <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
+            raise ModelError(f"{path} is no safetensors file; download or convert it again")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            shapes = {name: tuple(map(int, e["shape"])) for name, e in header.items()}
+            end = max((int(e["data_offsets"][1]) for e in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            raise ModelError(f"{path} has a damaged header; download or convert it again") from None
+        if missing := end - (path.stat().st_size - 8 - length):
+            what = f"{missing} bytes are missing" if missing > 0 else f"{-missing} bytes too many"
+            raise ModelError(f"{path} is not whole ({what}); download or convert it again")
+        return shapes
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path} is not there; a folder saved by transformers' save_pretrained is wanted"
+        ) from None
+    except (ValueError, UnicodeDecodeError):
+        raise ModelError(f"{path} is not valid JSON; download or save the model again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object; download or save the model again")
+    return value  # pyright: ignore[reportUnknownVariableType]

@@ -1,0 +1,142 @@
+"""Config + Fleet + ModelFacts → Plan. Pure: no torch, no ray, no clock."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+from trimpot.runner.config import Config, check_config
+from trimpot.runner.errors import PlanError
+from trimpot.runner.plan.facts import ModelFacts
+from trimpot.runner.plan.memory import Arrangement, predict_memory
+from trimpot.runner.types import Fleet, Memory, Plan
+
+FITS = 0.92
+"""Share of a worker's memory that the prediction may fill: allocators fragment by some percent."""
+
+
+def make_plan(config: Config, fleet: Fleet, facts: ModelFacts, run_dir: str) -> Plan:
+    """Arrange the run: the lowest ZeRO stage, then the largest micro-batch, that fits.
+
+    Raises PlanError where the batch does not divide or nothing fits.
+    """
+    world = _world_size(config, fleet)
+    if facts.max_positions < config.data.max_length:
+        raise PlanError(
+            f"data.max_length {config.data.max_length} is over the model's "
+            f"{facts.max_positions} positions; set data.max_length={facts.max_positions} or less"
+        )
+    _check_names(config, facts)
+    stage, micro = _arrange(config, fleet, facts, world)
+    memory = predict_memory(config, facts, Arrangement(world, micro, stage))
+    return Plan(
+        config=config,
+        run_dir=run_dir,
+        model_path=config.model.path,
+        world_size=world,
+        micro_batch_size=micro,
+        gradient_accumulation_steps=config.optim.batch_size // (world * micro),
+        total_steps=config.optim.max_steps,
+        zero=zero_section(config, stage),
+        memory=memory,
+    )
+
+
+def _check_names(config: Config, facts: ModelFacts) -> None:
+    """Whether what is to be trained is there. Raises PlanError."""
+    known = sorted({name.rsplit(".", 1)[-1] for name in facts.linears("all-linear")})
+    targets = config.adapter.target_modules
+    if config.method == "lora" and not known:
+        raise PlanError(
+            f"{facts.architecture} has no linear layer that LoRA could adapt; "
+            "set method: full, or freeze"
+        )
+    wanted = targets if config.method == "lora" and targets != "all-linear" else []
+    if missing := [name for name in wanted if name not in known]:
+        raise PlanError(
+            f"adapter.target_modules names {', '.join(missing)}, which {facts.architecture} "
+            f"has not; its linear layers: {', '.join(known)}"
+        )
+    for pattern in config.freeze.trainable if config.freeze else []:
+        if not any(fnmatchcase(name, pattern) for name in facts.shapes):
+            raise PlanError(
+                f"freeze.trainable {pattern!r} names no parameter; "
+                f"names look like {next(iter(facts.shapes), '')}"
+            )
+
+
+def _world_size(config: Config, fleet: Fleet) -> int:
+    workers = config.fleet.workers
+    world = max(1, fleet.nodes * fleet.gpus_per_node) if workers == "auto" else workers
+    batch = config.optim.batch_size
+    if batch % world:
+        raise PlanError(
+            f"batch_size {batch} does not divide over {world} workers; "
+            f"the next size that does is {-(-batch // world) * world}"
+        )
+    micro = config.optim.micro_batch_size
+    if micro != "auto" and batch % (world * micro):
+        raise PlanError(
+            f"batch_size {batch} is no multiple of {world} workers × micro_batch_size {micro}; "
+            f"the next size that is: {-(-batch // (world * micro)) * world * micro}"
+        )
+    return world
+
+
+def _arrange(config: Config, fleet: Fleet, facts: ModelFacts, world: int) -> tuple[int, int]:
+    """(zero_stage, micro_batch_size)."""
+    wanted = config.fleet.zero_stage
+    if wanted == "auto":
+        lowest = 1 if config.fleet.offload_optimizer else 0
+        stages = [lowest] if world == 1 else list(range(lowest, 4))
+    else:
+        stages = [wanted]
+    share = config.optim.batch_size // world
+    given = config.optim.micro_batch_size
+    divisors = [m for m in range(share, 0, -1) if share % m == 0]
+    micros = divisors if given == "auto" else [given]
+    if not fleet.memory_bytes:  # unknown memory: nothing to fit into
+        return stages[-1] if world > 1 and wanted == "auto" else stages[0], micros[-1]
+    smallest: Memory | None = None
+    for stage in stages:
+        for micro in micros:
+            memory = predict_memory(config, facts, Arrangement(world, micro, stage))
+            if memory.total <= FITS * fleet.memory_bytes:
+                return stage, micro
+            smallest = memory if not smallest or memory.total < smallest.total else smallest
+    if given != "auto" and wanted != "auto":
+        return wanted, given  # both are the user's word: the prediction may be wrong
+    assert smallest is not None
+    raise PlanError(
+        f"the least this run needs is {gib(smallest.total)} GiB per worker, and a worker has "
+        f"{gib(fleet.memory_bytes)} GiB; lower data.max_length, set "
+        "model.activation_checkpointing, or use more workers"
+    )
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def zero_section(config: Config, stage: int) -> dict[str, Any]:
+    section: dict[str, Any] = {"stage": stage, "contiguous_gradients": True}
+    if config.fleet.offload_optimizer and stage:
+        section["offload_optimizer"] = {"device": "cpu"}
+    return section
+
+
+def plan_to_json(plan: Plan) -> str:
+    values = {f.name: getattr(plan, f.name) for f in fields(plan)}
+    values["config"] = plan.config.model_dump(mode="json", exclude_unset=True)
+    values["memory"] = asdict(plan.memory) if plan.memory else None
+    return json.dumps(values, indent=2)
+
+
+def plan_from_json(text: str) -> Plan:
+    values: dict[str, Any] = json.loads(text)
+    memory: dict[str, int] | None = values.pop("memory")
+    values["memory"] = Memory(**memory) if memory else None
+    values["config"] = check_config(values["config"], "plan")
+    return Plan(**values)

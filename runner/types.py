@@ -1,0 +1,148 @@
+"""The types that every floor speaks in. Standard library only.
+
+`Config` is the sixth; it validates, so it lives in `config.py` on pydantic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimpot.runner.config import Config
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The machines a run may use. `price_per_hour` is US$ for all of them together."""
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_node: int = 1
+    gpu: str | None = None
+    memory_bytes: int = 0
+    """Bytes one worker may use: of its GPU, or its share of the host without one."""
+    price_per_hour: float | None = None
+    preemptible: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted peak bytes of one worker, by part."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does, derived from a Config and a Fleet. Workers get this and nothing else."""
+
+    config: Config
+    run_dir: str
+    """Absolute. Every worker must see the same folder under this path."""
+    model_path: str
+    """Absolute path of the model's folder, or a hub id."""
+    world_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    total_steps: int | None
+    """None until the data is compiled: an epoch's length is not known before."""
+    zero: dict[str, Any]
+    """DeepSpeed's `zero_optimization` section."""
+    kernels: dict[str, str] = field(default_factory=dict[str, str])
+    """{op: backend}, of the kernels that this run uses."""
+    memory: Memory | None = None
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.zero["stage"])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what decides the numbers: two plans with one digest train the same adapter.
+
+        World size, micro-batch, accumulation, ZeRO stage and folders are left out: a run may
+        be resumed on another fleet. So are the parts of the config that only watch the run.
+        """
+        numbers = decides_numbers(self.config.model_dump(mode="json"))
+        return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+
+    def replace(self, **changes: Any) -> Plan:
+        return dataclasses.replace(self, **changes)
+
+
+NOT_NUMBERS = ("fleet", "checkpoint", "tracking", "samples", "output_dir", "evaluation")
+
+
+def decides_numbers(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a dumped Config that decides what is trained; a copy."""
+    numbers: dict[str, Any] = json.loads(json.dumps(config))
+    for key in NOT_NUMBERS:
+        numbers.pop(key, None)
+    numbers["optim"].pop("micro_batch_size")
+    # Where a file lies is no number; what is in it has the data digest of the manifest.
+    for section, key in (("data", "train"), ("data", "eval"), ("model", "path")):
+        numbers[section].pop(key)
+    return numbers
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step, as rank 0 saw it. Loss is nats per trained token of the global batch."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    """Tokens that went through the model in this step, over all workers; padding excluded."""
+    trained_tokens: int
+    seconds: float
+    memory_bytes: int
+    """Peak of rank 0 so far: allocated GPU memory, or resident memory without one."""
+    held_out_loss: float | None = None
+    checkpoint: str | None = None
+    health: str = "ok"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Anything else a worker tells: start, phase, sample, eval, checkpoint, warning, end."""
+
+    kind: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    step: int
+    cursor: int
+    """How many samples of the run's sequence are consumed. The next is number `cursor`."""
+    plan_digest: str
+    digest: str
+    """SHA-256 of the manifest, which holds the SHA-256 of every file."""
+    complete: bool = False
+    """The run's last step is in it."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a checkpoint, or what was exported from it, may be used; and why."""
+
+    checkpoint_digest: str
+    passed: bool
+    scores: dict[str, float]
+    reasons: list[str]

@@ -1,0 +1,61 @@
+"""Runs prepared plans in one process group: `torchrun … arrangements.py RESULT PLAN.json[@STEP] …`.
+
+Many engines in one process, since a process costs 8 s to start and a tiny run 2. With @STEP a run
+is told to stop after that step, and goes on in a second start.
+Rank 0 writes {argument: [loss of each step]} to RESULT.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from trimpot.runner import engine
+from trimpot.runner.plan.plan import plan_from_json
+from trimpot.runner.types import Plan, StepReport
+from trimpot.runner.worker import train
+
+
+def run(plan: Plan, stop_after: int | None) -> list[float]:
+    flag = Path(plan.run_dir, "stop")
+    losses: list[float] = []
+
+    def hear(told: object) -> None:
+        if isinstance(told, StepReport):
+            losses.append(told.loss)
+            if told.step + 1 == stop_after:
+                flag.touch()
+
+    if stop_after == 1:
+        flag.touch()
+    last = train(plan, hear)
+    if stop_after is not None:
+        assert (last.step, last.complete) == (stop_after, False), last
+        dist.barrier()
+        flag.unlink(missing_ok=True)
+        dist.barrier()
+        last = train(plan, hear)
+    assert last.complete
+    return losses
+
+
+def main() -> None:
+    result, *arguments = sys.argv[1:]
+    engine.join_workers()
+    losses: dict[str, list[float]] = {}
+    for argument in arguments:
+        path, _, stop_after = argument.partition("@")
+        plan = plan_from_json(Path(path).read_text())
+        losses[argument] = run(plan, int(stop_after) if stop_after else None)
+        gc.collect()
+    if engine.ranks()[0] == 0:
+        Path(result).write_text(json.dumps(losses))
+    engine.leave_workers()
+
+
+if __name__ == "__main__":
+    main()
