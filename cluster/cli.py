@@ -159,9 +159,10 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a finished run's adapter (PEFT format) or merged model, and check what was written."""
+    run = _existing_run(run)  # before torch comes in
     from trimpot.runner.export import export_run
 
-    result = export_run(_existing_run(run), out, merged=merged, dtype=dtype)
+    result = export_run(run, out, merged=merged, dtype=dtype)
     if as_json:
         _emit(result)
     else:
@@ -179,9 +180,10 @@ def chat(
     as_json: AsJson = False,
 ) -> None:
     """Talk with a finished run's model."""
+    run = _existing_run(run)
     from trimpot.cluster.chat import chat_with
 
-    answers = chat_with(_existing_run(run), prompt or [], compare, max_new_tokens, quiet=as_json)
+    answers = chat_with(run, prompt or [], compare, max_new_tokens, quiet=as_json)
     if as_json:
         _emit({"answers": answers})
 
@@ -265,15 +267,24 @@ def _print(renderable: Any) -> None:
     Console().print(renderable)
 
 
+UsageError: Any = typer.BadParameter.__base__
+"""Of the click that typer brings along, or stands on: an unknown option, a missing argument."""
+
+
 def main() -> None:
     """Console script. Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False) or 0)
+    except UsageError as error:
+        if message := " ".join(error.format_message().split()):  # empty: help was asked for
+            path = error.ctx.command_path if error.ctx else "trimpot"
+            typer.echo(f"error: {message.rstrip('.')}; see {path} --help", err=True)
+        sys.exit(error.exit_code)
     except (TrimpotError, KernelError) as error:
         typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         sys.exit(130)
 

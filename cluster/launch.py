@@ -18,6 +18,7 @@ from trimpot.runner.errors import ClusterError, TrainError, TrimpotError
 from trimpot.runner.plan.plan import plan_to_json
 from trimpot.runner.types import Plan
 
+log = logging.getLogger(__name__)
 ANSWER_WITHIN_S = 5.0
 """How long a cluster's address may take to accept a connection."""
 
@@ -47,9 +48,15 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[Any]:
 
     Raises ClusterError where the address does not answer or refuses.
     """
-    os.environ |= secure_environment()
-    if address is not None:
-        check_answers(address)
+    ours = secure_environment()
+    if address is not None and not takes_only_tokens(address, ours):
+        log.warning(
+            "the Ray cluster at %s takes jobs from whoever reaches it; "
+            "start it with RAY_AUTH_MODE=token on every node",
+            address,
+        )
+        ours["RAY_AUTH_MODE"] = "disabled"  # its workers would not send the token we would want
+    os.environ |= ours
     import ray
 
     with _one_line_errors(address):
@@ -87,15 +94,53 @@ def _one_line_errors(address: str | None) -> Iterator[None]:
         raise ClusterError(f"{where} can't be used: {why}; check RAY_AUTH_TOKEN_PATH") from error
 
 
+def takes_only_tokens(address: str, environment: dict[str, str]) -> bool:
+    """Whether the cluster at an address wants a token; and it takes ours, or ClusterError.
+
+    Asked by one request to its GCS, with and without the token: ray.init would retry for 20 s
+    and then end in a page of text. `auto` and `local` are left to Ray.
+    """
+    if address in ("auto", "local"):
+        return True
+    check_answers(address)
+    if os.environ.get("RAY_USE_TLS") == "1":  # Ray has the certificates; we would have to read them
+        return True
+    import grpc
+
+    def ask(token: str | None) -> Any:
+        metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        with grpc.insecure_channel(address) as channel:
+            call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
+            try:
+                call(b"", timeout=ANSWER_WITHIN_S, metadata=metadata)
+            except grpc.RpcError as error:
+                return error.code()  # pyright: ignore[reportAttributeAccessIssue]
+        return grpc.StatusCode.OK
+
+    answer = ask(None)
+    if answer == grpc.StatusCode.OK:
+        return False
+    if answer != grpc.StatusCode.UNAUTHENTICATED:
+        raise ClusterError(
+            f"what answers at {address} is no Ray head ({answer.name.lower()}); "
+            "give the host:port that `ray start --head` printed, 6379 by default"
+        )
+    path = Path(environment["RAY_AUTH_TOKEN_PATH"])
+    token = os.environ.get("RAY_AUTH_TOKEN") or path.read_text(encoding="utf-8").strip()
+    if ask(token) == grpc.StatusCode.UNAUTHENTICATED:
+        raise ClusterError(
+            f"the Ray cluster at {address} does not take the token of {path}; "
+            "set RAY_AUTH_TOKEN_PATH to a copy of its nodes' token file"
+        )
+    return True
+
+
 def check_answers(address: str) -> None:
     """Whether something listens at a cluster's address. Raises ClusterError."""
-    if address in ("auto", "local"):
-        return
-    plain = address.removeprefix("ray://")
-    host, colon, port = plain.rpartition(":")
-    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or not 0 < int(port) < 65536 or "/" in address:
         raise ClusterError(
-            f"{address!r} is no Ray address; host:port is wanted, such as 10.0.0.1:6379"
+            f"{address!r} is no Ray address; host:port of the head is wanted, such as 10.0.0.1:6379"
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_WITHIN_S).close()
@@ -114,13 +159,16 @@ class Outcome:
     complete: bool
 
 
-def run_plan(ray: Any, plan: Plan, watch: Callable[[Callable[[], bool]], None]) -> Outcome:
+def run_plan(
+    ray: Any, plan: Plan, watch: Callable[[Callable[[], bool]], None], wait_s: float
+) -> Outcome:
     """Run the plan's workers under Ray Train until they end.
 
+    `wait_s`: how long the cluster may take to have room for them.
     `watch(ended)` runs in the calling thread meanwhile and returns once `ended()` is true.
     Raises the worker's own TrimpotError, ClusterError without room, TrainError for the rest.
     """
-    wait_for_room(ray, plan)
+    wait_for_room(ray, plan, wait_s)
     result: list[Any] = []
     thread = threading.Thread(target=lambda: result.append(_fit(plan)), daemon=True)
     thread.start()
@@ -185,16 +233,16 @@ def worker_gpus(plan: Plan) -> int:
     return 1 if ray.cluster_resources().get("GPU", 0) >= plan.world_size else 0
 
 
-def wait_for_room(ray: Any, plan: Plan) -> None:
+def wait_for_room(ray: Any, plan: Plan, wait_s: float) -> None:
     """Wait until the cluster could hold the workers, asking its autoscaler for them if it has one.
 
-    Raises ClusterError after fleet.start_timeout_s.
+    Raises ClusterError after `wait_s`.
     """
     fleet = plan.config.fleet
     worker: dict[str, float] = {"CPU": fleet.cpus_per_worker}
     if gpus := worker_gpus(plan):
         worker["GPU"] = gpus
-    deadline = time.monotonic() + fleet.start_timeout_s
+    deadline = time.monotonic() + wait_s
     asked = False
     while True:
         has = ray.cluster_resources()
@@ -205,7 +253,7 @@ def wait_for_room(ray: Any, plan: Plan) -> None:
             name = missing[0]
             raise ClusterError(
                 f"{plan.world_size} workers want {worker[name] * plan.world_size:g} {name}s and "
-                f"the cluster has {has.get(name, 0):g} after {fleet.start_timeout_s:g} s; "
+                f"the cluster has {has.get(name, 0):g} after {wait_s:g} s; "
                 "set fleet.workers lower, or add nodes"
             )
         if not asked:
@@ -227,8 +275,14 @@ def explain(error: BaseException, plan: Plan) -> TrimpotError:
             cause = getattr(cause, "cause", None) or cause.__cause__
     if failures:
         rank, first = next(iter(sorted(failures.items())))
-        lines = [line for line in str(first).strip().splitlines() if line.strip()]
-        why = lines[-1].strip() if lines else type(first).__name__
-        return TrainError(f"worker {rank} failed: {why}; its log is in {plan.run_dir}/failure.log")
-    why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return TrainError(f"Ray Train failed: {why}; details in {plan.run_dir}/failure.log")
+        return TrainError(f"worker {rank} failed: {_why(first)}; see {plan.run_dir}/failure.log")
+    why = _why(error)
+    if "No module named 'trimpot'" in str(error):
+        return ClusterError(f"{why} on the cluster's nodes; install trimpot there, as here")
+    return TrainError(f"Ray Train failed: {why}; see {plan.run_dir}/failure.log")
+
+
+def _why(error: BaseException) -> str:
+    """The last line that says something: Ray's errors carry a remote traceback before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

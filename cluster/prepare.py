@@ -27,6 +27,7 @@ from trimpot.runner.plan.plan import make_plan, plan_to_json
 from trimpot.runner.types import Fleet, Plan, decides_numbers
 
 RUN_PARTS = (
+    ".ray",
     "checkpoints",
     "adapter",
     "tensorboard",
@@ -65,7 +66,7 @@ def prepare_run(config: Config, fleet: Fleet, fresh: bool) -> Prepared:
     Raises a UserError; then nothing is left that was not there before, but for compiled data.
     """
     plan = draft_plan(config, fleet)
-    folder = fetch_model(config.model.path, config.model.revision)
+    folder = fetch_model(config.model.path, config.model.revision, weights=False)
     tokenizer = Tokenizer(folder)
     check_room(plan)
     run = Path(plan.run_dir)

@@ -224,7 +224,7 @@ def _save(model: torch.nn.Module, tokenizer: hub.Tokenizer, trained: Trained, fo
     # transformers asks accelerate, which imports deepspeed, which complains of a missing GPU.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with hub._quiet():
+    with hub.quiet():
         try:
             model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
         except (ValueError, RuntimeError) as error:

@@ -21,7 +21,7 @@ from trimpot.runner.plan.facts import ModelFacts, facts_from, read_facts
 if TYPE_CHECKING:
     import torch
 
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
+HUB_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 
 class Tokenizer:
@@ -36,7 +36,7 @@ class Tokenizer:
             raise ModelError(
                 f"{folder}/tokenizer.json is not there; save the model's fast tokenizer beside it"
             )
-        with _quiet():
+        with quiet():
             try:
                 self.inner = PreTrainedTokenizerFast.from_pretrained(str(folder))
             except (ValueError, KeyError, TypeError, OSError) as error:
@@ -110,11 +110,7 @@ def find_model(path: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                path, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=True
-            )
-        )
+        folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
     except HFValidationError:
@@ -122,27 +118,47 @@ def find_model(path: str, revision: str | None) -> Path | None:
             f"model.path {path!r} is neither a folder here nor a Hugging Face id; "
             "give a folder with config.json, or org/name"
         ) from None
+    return folder if _has_weights(folder) else None
 
 
-def fetch_model(path: str, revision: str | None) -> Path:
-    """The local folder of a model, downloaded where it has to be. Raises ModelError."""
+def _has_weights(folder: Path) -> bool:
+    """Whether a cached snapshot is whole: a download that was cut off leaves some files."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return (folder / "model.safetensors").is_file()
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((folder / shard).is_file() for shard in shards)
+
+
+def fetch_model(path: str, revision: str | None, weights: bool = True) -> Path:
+    """The local folder of a model, downloaded where it has to be; without `weights` at least
+    its config and tokenizer. Raises ModelError."""
     if (folder := find_model(path, revision)) is not None:
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    files: list[str] = [*HUB_FILES, *(["*.safetensors"] if weights else [])]
+    with _hub_errors(path):
+        return Path(snapshot_download(path, revision=revision, allow_patterns=files))
+
+
+@contextmanager
+def _hub_errors(path: str) -> Iterator[None]:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(HUB_FILES)))
-    except OfflineModeIsEnabled:
-        raise _not_here(path, "and HF_HUB_OFFLINE forbids to fetch it; unset that") from None
+        yield
     except HfHubHTTPError as error:
-        raise _not_here(path, f"and the hub answers: {_line(error)}; check the name") from None
-    except OSError:  # ConnectionError and LocalEntryNotFoundError among them
-        raise _not_here(path, "and the hub does not answer; check the network") from None
-
-
-def _not_here(path: str, why: str) -> ModelError:
-    return ModelError(f"model {path} is not in the local cache {why}, or give a local folder")
+        why = f"and the hub answers: {_line(error)}; check the name"
+    except OSError:  # ConnectionError, OfflineModeIsEnabled, LocalEntryNotFoundError among them
+        if constants.HF_HUB_OFFLINE:
+            why = "and HF_HUB_OFFLINE forbids to fetch it; unset that"
+        else:
+            why = "and the hub does not answer; check the network"
+    else:
+        return
+    raise ModelError(f"model {path} is not in the local cache {why}, or give a local folder")
 
 
 def model_facts(path: str, revision: str | None) -> ModelFacts:
@@ -150,19 +166,12 @@ def model_facts(path: str, revision: str | None) -> ModelFacts:
     if (folder := find_model(path, revision)) is not None:
         return read_facts(folder)
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    try:
+    with _hub_errors(path):
         config = json.loads(
             Path(hf_hub_download(path, "config.json", revision=revision)).read_text()
         )
         files = HfApi().get_safetensors_metadata(path, revision=revision).files_metadata
-    except OfflineModeIsEnabled:
-        raise _not_here(path, "and HF_HUB_OFFLINE forbids to fetch it; unset that") from None
-    except HfHubHTTPError as error:
-        raise _not_here(path, f"and the hub answers: {_line(error)}; check the name") from None
-    except OSError:
-        raise _not_here(path, "and the hub does not answer; check the network") from None
     tensors = {n: tuple(t.shape) for file in files.values() for n, t in file.tensors.items()}
     return facts_from(config, tensors, path)
 
@@ -174,6 +183,7 @@ def load_causal_lm(
 
     `deepspeed`: a ZeRO-3 config, under which each worker builds only its share.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     holder = None
@@ -182,7 +192,7 @@ def load_causal_lm(
 
         # Must live while the model is built: collected early, sharded loading turns itself off.
         holder = HfDeepSpeedConfig(deepspeed)
-    with _quiet():
+    with quiet():
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -192,7 +202,7 @@ def load_causal_lm(
                 local_files_only=True,
                 trust_remote_code=False,
             )
-        except (ValueError, OSError, KeyError, ImportError, RuntimeError) as error:
+        except (ValueError, OSError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{folder} can't be loaded for causal_lm: {_line(error)}") from error
     del holder
     model.config.use_cache = False
@@ -207,7 +217,7 @@ def recompute_layers(model: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' progress bars and advice off: the run's display is the one that speaks."""
     from transformers.utils import logging as speech
 
@@ -299,13 +309,13 @@ def _check_converted(model: Any, tokenizer: Any, gguf: Path) -> None:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """_quiet, and also what libraries log or draw past transformers' switches.
+    """quiet, and also what libraries log or draw past transformers' switches.
 
     The GGUF reader's bar is a bare tqdm on stderr, and DeepSpeed, which save_pretrained
     imports, warns of a machine without a GPU. Errors pass as exceptions.
     """
     disabled = logging.root.manager.disable
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
         logging.disable(logging.WARNING)
         try:
             yield

@@ -12,19 +12,16 @@ from trimpot.runner.types import Plan
 
 
 def answer_prompts(
-    plan: Plan, engine: Engine, prompts: list[str], max_new_tokens: int
+    plan: Plan, engine: Engine, prompts: list[list[int]], max_new_tokens: int
 ) -> list[str]:
-    """The text that the model adds to each prompt. Every worker must call."""
+    """The text that the model adds to each prompt, given as tokens. Every worker must call."""
     folder = hub.fetch_model(plan.model_path, plan.config.model.revision)
     tokenizer = hub.Tokenizer(Path(folder))
-    limit = plan.config.data.max_length
-    templated = tokenizer.renderer(plan.config.data.chat_template) is not None
     engine.inner.eval()
-    answers: list[str] = []
-    for prompt in prompts:
-        ids, _ = next(iter(tokenizer.encode([prompt], special=not templated)))
-        ids = ids[-limit:]
-        answers.append(tokenizer.decode(generate(engine.module, ids, tokenizer, max_new_tokens)))
+    answers = [
+        tokenizer.decode(generate(engine.module, prompt, tokenizer, max_new_tokens))
+        for prompt in prompts
+    ]
     engine.inner.train()
     return answers
 

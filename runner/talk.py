@@ -52,7 +52,7 @@ class Talker:
         stream = Stream(self.tokenizer.decode, emit, skip=len(ids))
         prompt = torch.tensor([ids], device=device())
         model: Any = self.model
-        with torch.no_grad(), hub._quiet(), self._as(base):
+        with torch.no_grad(), hub.quiet(), self._as(base):
             output = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -106,13 +106,19 @@ class Talker:
         if self.render is None:  # no turns without a template: the text alone
             text, special = turns[-1]["content"], True
         else:
-            text, special = self.render(self._with_system(turns), True), False
+            text, special = self._rendered(turns, True), False
         ids, _ = next(iter(self.tokenizer.encode([text], special=special)))
         return list(ids)
 
-    def _with_system(self, turns: list[Message]) -> list[Message]:
+    def _rendered(self, turns: list[Message], ask: bool) -> str:
         system = self.plan.config.data.system_prompt
-        return [{"role": "system", "content": system}, *turns] if system is not None else turns
+        if system is not None:
+            turns = [{"role": "system", "content": system}, *turns]
+        assert self.render is not None
+        try:
+            return self.render(turns, ask)
+        except ValueError as error:
+            raise UserError(f"the chat template fails on this conversation: {error}") from None
 
     def _ends(self) -> list[int]:
         """Tokens that end an answer: of the tokenizer, of the model, and the template's end of
@@ -121,19 +127,18 @@ class Talker:
         ends = {self.tokenizer.inner.eos_token_id, *(found if isinstance(found, list) else [found])}
         if self.render is not None:
             chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\0"}]
-            after = self.render(self._with_system(chat), False).rpartition("\0")[2]
-            ids = next(iter(self.tokenizer.encode([after], special=False)))[0] if after else []
-            ends |= set(ids[:1]) & set(self.tokenizer.inner.all_special_ids)
+            after = self._rendered(chat, False).rpartition("\0")[2]
+            ids = next(iter(self.tokenizer.encode([after], special=False)))[0]
+            added = self.tokenizer.inner.added_tokens_decoder
+            ends |= {i for i in ids[:1] if i in added and added[i].special}
         return sorted(end for end in ends if end is not None)
 
 
 def _trained_without_template(trained: Trained) -> bool:
     """Whether the samples were plain text, so that a template would ask what was never trained."""
     splits = load_splits(trained.run / "data")
-    if splits is None or not splits[0].shown:
-        return trained.plan.config.data.format == "text"
-    prompt, question, _ = splits[0].shown[0]
-    return prompt == question
+    form = splits[0].form if splits else trained.plan.config.data.format
+    return form == "text"
 
 
 def _whole(text: str) -> str:

@@ -74,6 +74,11 @@ def target_layers(model: nn.Module, adapter: AdapterSection) -> list[str]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     if adapter.target_modules == "all-linear":
+        if not linears:
+            raise PlanError(
+                f"{type(model).__name__} has no torch.nn.Linear layer for LoRA; "
+                "set method: full or freeze"
+            )
         return linears
     wanted = set(adapter.target_modules)
     names = [name for name in linears if name.rsplit(".", 1)[-1] in wanted]

@@ -29,15 +29,17 @@ from trimpot.runner.data.sources import read_rows, source_digest
 from trimpot.runner.data.templates import Example, Render, detect_format, make_example
 from trimpot.runner.errors import DataError, StorageError
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what is compiled from the same rows changes."""
 CHUNK = 1024
 Encoded = tuple[list[int], list[tuple[int, int]]]
 """(token ids, [start, end) characters of each)."""
 
 
-Shown = tuple[str, str, str]
-"""(prompt as the model gets it, question as a person asked it, reference answer)."""
+Shown = tuple[list[int], str, str]
+"""(tokens of the prompt as the model gets it, question as a person asked it, reference answer)."""
+Asked = tuple[int, str, str]
+"""Shown of a document whose tokens are known: how many of them are the prompt."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Compiled:
     samples: NDArray[np.int64]
     digest: str
     """SHA-256 over documents and their trained tokens, in order: what was trained on."""
+    form: str
+    """chat | prompt_completion | text: what the rows were."""
     notes: tuple[str, ...] = ()
     """What a person should know: dropped, truncated, leaked samples."""
     shown: tuple[Shown, ...] = ()
@@ -134,17 +138,18 @@ class _Tokens:
     tokens: NDArray[np.int32]
     trained: NDArray[np.uint8]
     documents: NDArray[np.int64]
+    form: str
 
 
 def _tokenise(
     data: DataSection, path: Path, tokenizer: TokenizerLike
-) -> tuple[_Tokens, list[str], list[Shown]]:
+) -> tuple[_Tokens, list[str], list[Asked]]:
     rows = read_rows(path)
     form = detect_format(data, rows[0], f"{path} row 1")
     render = tokenizer.renderer(data.chat_template) if form != "text" else None
     ids: list[NDArray[np.int32]] = []
     marks: list[NDArray[np.uint8]] = []
-    shown: list[Shown] = []
+    shown: list[Asked] = []
     truncated, dropped, silent = 0, 0, 0
     for start in range(0, len(rows), CHUNK):
         examples = [
@@ -171,7 +176,8 @@ def _tokenise(
                 continue
             ids.append(np.asarray(tokens[: data.max_length], np.int32))
             marks.append(mark)
-            shown.append((example.prompt, example.question, example.answer))
+            asked = sum(end <= len(example.prompt) for _, end in offsets)
+            shown.append((asked, example.question, example.answer))
     if not ids:
         raise DataError(
             f"{path}: none of {len(rows)} rows has a token to train on "
@@ -188,7 +194,7 @@ def _tokenise(
         if count
     ]
     offsets_d = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
-    return _Tokens(np.concatenate(ids), np.concatenate(marks), offsets_d), notes, shown
+    return _Tokens(np.concatenate(ids), np.concatenate(marks), offsets_d, form), notes, shown
 
 
 def _trained(example: Example, offsets: list[tuple[int, int]]) -> NDArray[np.uint8]:
@@ -229,6 +235,7 @@ def _select(part: _Tokens, documents: NDArray[np.int64]) -> _Tokens:
         np.concatenate([part.tokens[r] for r in rows] or [empty[0]]),
         np.concatenate([part.trained[r] for r in rows] or [empty[1]]),
         np.concatenate([[0], np.cumsum(lengths[documents])]).astype(np.int64),
+        part.form,
     )
 
 
@@ -244,7 +251,7 @@ def _leaks(train: _Tokens, held_out: _Tokens) -> list[str]:
     ]
 
 
-def _finish(part: _Tokens, data: DataSection, notes: list[str], shown: list[Shown]) -> Compiled:
+def _finish(part: _Tokens, data: DataSection, notes: list[str], shown: list[Asked]) -> Compiled:
     lengths = np.diff(part.documents)
     if data.packing:
         bins = pack(lengths, data.max_length)
@@ -262,8 +269,12 @@ def _finish(part: _Tokens, data: DataSection, notes: list[str], shown: list[Show
         members,
         samples,
         marks[:32],
+        part.form,
         tuple(notes),
-        tuple(shown),
+        tuple(
+            (part.tokens[part.documents[i] :][:asked].tolist(), question, answer)
+            for i, (asked, question, answer) in enumerate(shown)
+        ),
     )
 
 
@@ -290,6 +301,7 @@ def _save(compiled: Compiled, path: Path, key: str, held_out: str) -> None:
     meta = {
         "key": key,
         "digest": compiled.digest,
+        "form": compiled.form,
         "held_out": held_out,
         "notes": json.dumps(compiled.notes),
         "shown": json.dumps(compiled.shown),
@@ -325,8 +337,9 @@ def _load(path: Path, key: str | None) -> tuple[Compiled, str] | None:
                 return None
             arrays = {name: file.get_tensor(name) for name in ARRAYS}
         notes, shown = json.loads(meta["notes"]), json.loads(meta["shown"])
-        digest, held_out = meta["digest"], meta["held_out"]
+        digest, form, held_out = meta["digest"], meta["form"], meta["held_out"]
     except (SafetensorError, KeyError, ValueError):
         return None
     shown = tuple((prompt, question, answer) for prompt, question, answer in shown)
-    return Compiled(**arrays, digest=digest, notes=tuple(notes), shown=shown), held_out
+    compiled = Compiled(**arrays, digest=digest, form=form, notes=tuple(notes), shown=shown)
+    return compiled, held_out

@@ -129,11 +129,12 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        with path.open("rb") as file:
+            table = pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's fault, not the file's
-        reason = str(error).splitlines()[0].replace(f"'{path}'", "it")
+        reason = str(error).splitlines()[0]
         raise DataError(f"{path} is not valid Parquet: {reason}") from None
     yield from table.to_pylist()
 

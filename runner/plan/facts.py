@@ -15,6 +15,7 @@ from trimpot.runner.errors import ModelError
 MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors itself sets
 CONV1D = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "gpt2", "openai-gpt")
 """Architectures whose layers are transformers' Conv1D, which is no nn.Linear."""
+ROUTERS = ("gate", "router")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class ModelFacts:
     def linears(self, targets: str | list[str]) -> dict[str, tuple[int, ...]]:
         """Weights of the linear layers that LoRA adapts: {name: (d_out, d_in)}.
 
-        Experts are not among them: transformers 5 holds those of a layer in one parameter.
+        Experts and their routers are not among them: transformers 5 makes them parameters, not
+        nn.Linear.
         """
         found: dict[str, tuple[int, ...]] = {}
         for name, shape in self.shapes.items():
@@ -55,6 +57,9 @@ class ModelFacts:
             if len(shape) != 2 or module == name or not in_block:
                 continue
             if self.architecture in CONV1D or re.search(r"\.experts\.\d+\.", name):
+                continue
+            block, _, layer = module.rpartition(".")
+            if layer in ROUTERS and any(n.startswith(f"{block}.experts.") for n in self.shapes):
                 continue
             if targets == "all-linear" or module.rsplit(".", 1)[-1] in targets:
                 found[module] = shape
@@ -99,7 +104,7 @@ def facts_from(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], name:
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         layers=first("num_hidden_layers", "n_layer", "num_layers", default=1),
         hidden=hidden,
-        intermediate=first("intermediate_size", "n_inner", "d_ff", default=4 * hidden),
+        intermediate=first("intermediate_size", "n_inner", "d_ff", "ffn_dim", default=4 * hidden),
         heads=heads,
         kv_heads=first("num_key_value_heads", default=heads),
         head_dim=first("head_dim", default=hidden // heads),

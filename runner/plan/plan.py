@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -60,11 +61,21 @@ def _check_names(config: Config, facts: ModelFacts) -> None:
             f"has not; its linear layers: {', '.join(known)}"
         )
     for pattern in config.freeze.trainable if config.freeze else []:
-        if not any(fnmatchcase(name, pattern) for name in facts.shapes):
+        if not any(fnmatchcase(name, pattern) for name in _parameter_names(facts)):
             raise PlanError(
                 f"freeze.trainable {pattern!r} names no parameter; "
                 f"names look like {next(iter(facts.shapes), '')}"
             )
+
+
+def _parameter_names(facts: ModelFacts) -> list[str]:
+    """What the model's parameters may be called: those of the file, and as transformers 5 renames
+    them (a layer's experts are two parameters, every head is lm_head)."""
+    experts = {
+        re.sub(r"\.experts\.\d+\..*", ".experts", n) for n in facts.shapes if ".experts." in n
+    }
+    joined = [f"{e}.{part}_proj" for e in sorted(experts) for part in ("gate_up", "down")]
+    return [*facts.shapes, "lm_head.weight", *joined]
 
 
 def _world_size(config: Config, fleet: Fleet) -> int:

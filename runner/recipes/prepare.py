@@ -31,6 +31,7 @@ NEAR = 0.5
 """Families whose runs of three words overlap by this much (Jaccard) count as one."""
 MANIFEST = "manifest.json"
 DATA = ("train.jsonl", "eval.jsonl")
+MODEL = "SmolLM2-135M-Instruct"
 
 
 def list_recipes() -> dict[str, str]:
@@ -52,7 +53,7 @@ def prepare(
     out = out.resolve()
     known = _known(out, name)
     data_whole = _whole(out, known, list(DATA))
-    model_files = [path for path in known if path.startswith("model/")]
+    model_files = [path for path in known if path.startswith(f"{MODEL}/")]
     model_whole = bool(model_files) and _whole(out, known, model_files)
     if data_whole and model_whole and (out / "run.yaml").is_file():
         say(f"{out} is whole; nothing to do")
@@ -67,7 +68,7 @@ def prepare(
             if not data_whole:
                 _write_data(stage, rows, say)
             if not model_whole:
-                smollm2.make_model(stage / "model", say)
+                smollm2.make_model(stage / MODEL, say)
             shutil.copyfile(_yaml(name), stage / "run.yaml")
             _place(stage, out, name, known)
     except OSError as error:
@@ -153,9 +154,9 @@ def _place(stage: Path, out: Path, name: str, known: dict[str, str]) -> None:
     text = json.dumps({"recipe": name, "files": files}, indent=2) + "\n"
     (stage / MANIFEST).write_text(text, encoding="utf-8")
     (stage / MANIFEST).replace(out / MANIFEST)
-    if (stage / "model").exists() and (out / "model").exists():
-        (out / "model").replace(stage / "replaced")  # a full folder can't be replaced in place
-    for part in (*DATA, "model", "run.yaml"):
+    if (stage / MODEL).exists() and (out / MODEL).exists():
+        (out / MODEL).replace(stage / "replaced")  # a full folder can't be replaced in place
+    for part in (*DATA, MODEL, "run.yaml"):
         if (stage / part).exists():
             (stage / part).replace(out / part)
 
@@ -170,7 +171,7 @@ def _known(out: Path, name: str) -> dict[str, str]:
         raise UserError(f"{nearest} is a file; give a new folder for the recipe")
     if (out / MANIFEST).exists():
         return _read_manifest(out / MANIFEST, name)
-    taken = [part for part in (*DATA, "model", "run.yaml") if (out / part).exists()]
+    taken = [part for part in (*DATA, MODEL, "run.yaml") if (out / part).exists()]
     if taken:
         raise UserError(f"{out} has a {taken[0]} that no recipe made; give a new folder")
     return {}

@@ -739,6 +739,19 @@ def test_fresh_keeps_an_earlier_run_until_the_new_one_is_sound(
     fails(place, monkeypatch, capfd, case)
 
 
+def test_fresh_then_removes_what_was_of_the_earlier_run(place: Path) -> None:
+    a_run(place)
+    for part in ("checkpoints/step-00000002", "adapter", "of my own"):
+        (place / "run" / part).mkdir(parents=True)
+    put("run/journal.jsonl", "{}")(place)
+    with run_lock(place / "run"):
+        prepare_run(load_config(place / "run.yaml"), Fleet(memory_bytes=2**30), fresh=True)
+    left = {path.name for path in (place / "run").iterdir()}
+    assert left == {"data", "plan.json", "of my own", ".lock"}
+    plan = json.loads((place / "run" / "plan.json").read_text())
+    assert "learning_rate" not in plan["config"]["optim"]  # a_run's setting
+
+
 def test_data_that_changed_since_the_checkpoint(place: Path, monkeypatch, capfd) -> None:
     with run_lock(place / "run"):
         prepare_run(load_config(place / "run.yaml"), Fleet(memory_bytes=2**30), fresh=False)

@@ -68,6 +68,9 @@ def test_deal_puts_like_lengths_together() -> None:
     indices = np.arange(64)
     micros = deal(indices, lengths, 8)
     dealt = lengths[micros]
+    assert dealt.ravel().tolist() == sorted(
+        lengths.tolist(), reverse=True
+    )  # too long shows at once
     padded = int((dealt.max(axis=1) * 8).sum())
     # No way to form eights pads less than that in order of length.
     assert padded == int(np.sort(lengths)[::-1].reshape(8, 8)[:, 0].sum() * 8)

@@ -76,7 +76,7 @@ def _write_journal(run: Path) -> None:
     """What the worker tells its journal, with figures of our own."""
     journal = Journal(run)
     journal(Event("start", {"resumed_from": None, "versions": {"torch": "1.2.3"}}))
-    for step, loss in ((0, 4.5), (2, 9.9)):
+    for step, loss in ((0, 4.5), (4, 9.9)):
         journal(Event("eval", {"step": step, "loss": loss}))
     journal(Event("start", {"resumed_from": 1, "versions": {"torch": "4.5.6"}}))
     journal(StepReport(3, 1.0, 1e-3, 1.0, 9, 9, 0.1, 1))
@@ -304,7 +304,7 @@ def test_files_that_were_written_wrong_do_not_stay(
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_pretrained)
     before = tree(lora)
-    with pytest.raises(ExportError, match="the written files|the model of the written files"):
+    with pytest.raises(ExportError, match="written files"):
         export_run(lora, None, merged=True, dtype=None)
     assert tree(lora) == before and not (lora / "export").exists()
 
@@ -354,7 +354,7 @@ def test_other_peoples_folders_are_left_alone(lora: Path, tmp_path: Path, merged
 def test_a_note_that_was_put_into_an_export_is_not_deleted(lora: Path, tmp_path: Path):
     export_run(lora, tmp_path / "out", merged=False, dtype=None)
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="notes.txt, which the export did not write"):
+    with pytest.raises(UserError, match=r"notes\.txt, which the export did not write"):
         export_run(lora, tmp_path / "out", merged=False, dtype=None)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
@@ -485,9 +485,7 @@ def test_what_was_not_trained_is_not_exported(
     ("merged", "dtype", "message"),
     [(True, "fp64", "fp32 or bf16"), (True, "fp16", "fp32 or bf16"), (False, "bf16", "--merged")],
 )
-def test_options_that_say_nothing_are_refused(
-    lora: Path, merged: bool, dtype: str, message: str
-):
+def test_options_that_say_nothing_are_refused(lora: Path, merged: bool, dtype: str, message: str):
     with pytest.raises(UserError, match=message):
         export_run(lora, None, merged=merged, dtype=dtype)
 

@@ -390,8 +390,8 @@ def test_a_prepared_folder_has_all_that_its_run_names(tmp_path: Path, small_mode
     assert path == tmp_path / "new" / "run here" / "run.yaml"
     config = load_config(path)
     assert config.data.eval is not None
-    assert Path(config.model.path) == path.parent / "model"
-    assert (path.parent / "model" / "model.safetensors").is_file()
+    assert Path(config.model.path) == path.parent / prepare.MODEL
+    assert (path.parent / prepare.MODEL / "model.safetensors").is_file()
     assert Path(config.output_dir).parent == path.parent
     train, held_out = read(Path(config.data.train)), read(Path(config.data.eval))
     assert all(set(row) == {"prompt", "completion"} for row in train + held_out)
@@ -413,7 +413,9 @@ def test_preparing_elsewhere_gives_the_same_bytes(prepared: Path, tmp_path: Path
     assert tree(other) == tree(prepared)
 
 
-@pytest.mark.parametrize("file", ["train.jsonl", "eval.jsonl", "model/model.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["train.jsonl", "eval.jsonl", f"{prepare.MODEL}/model.safetensors"]
+)
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"half")])
 def test_what_is_damaged_is_made_anew(prepared: Path, file: str, damage: Callable[[Path], None]):
     before = tree(prepared)
@@ -473,7 +475,7 @@ def test_a_failure_leaves_nothing(
 def test_a_failure_leaves_an_older_folder_as_it_was(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    (prepared / "model" / "model.safetensors").write_bytes(b"half")
+    (prepared / prepare.MODEL / "model.safetensors").write_bytes(b"half")
     before = tree(prepared)
 
     def fail(out: Path, say: Callable[[str], None]) -> None:
@@ -558,7 +560,7 @@ def test_a_missing_wheel_is_told_before_any_work(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("path", sorted(HERE.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_are_configs(path: Path):
     config = load_config(path)
-    assert config.model.path == str(HERE / "model")
+    assert config.model.path == str(HERE / prepare.MODEL)
     assert config.data.train == str(HERE / "train.jsonl")
     assert config.data.eval == str(HERE / "eval.jsonl")
     assert config.output_dir == str(HERE / "run")

@@ -34,7 +34,9 @@ def write_csv(path: Path, rows: list[dict[str, Any]], encoding: str = "utf-8") -
     return path
 
 
-@pytest.mark.parametrize("kind", ["escaped.jsonl", "plain.JSONL", "x.ndjson", "x.json", "x.csv", "x.parquet"])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind", ["escaped.jsonl", "plain.JSONL", "x.ndjson", "x.json", "x.csv", "x.parquet"]
+)
 def test_the_same_rows_from_every_kind(kind: str, tmp_path: Path) -> None:
     path = tmp_path / kind
     match path.suffix.lower():

@@ -1,0 +1,381 @@
+"""The plan: counts against real models, memory against what autograd keeps, arrangements against
+trying them all."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toy
+from safetensors.numpy import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trimpot.runner.adapters.lora import add_lora
+from trimpot.runner.config import Config, all_keys, check_config
+from trimpot.runner.errors import ModelError, PlanError
+from trimpot.runner.model import _freeze_but
+from trimpot.runner.plan.facts import ModelFacts, facts_from, read_facts, read_shapes
+from trimpot.runner.plan.memory import Arrangement, predict_memory, trained_parameters
+from trimpot.runner.plan.plan import FITS, make_plan, plan_from_json, plan_to_json
+from trimpot.runner.tasks.causal_lm import token_loss_sum
+from trimpot.runner.types import Fleet
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+GROUPED = SIZES | {"num_key_value_heads": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": GROUPED | {"tie_word_embeddings": False},
+    "llama, tied": GROUPED | {"tie_word_embeddings": True},
+    "qwen2": GROUPED,  # biases
+    "qwen3": GROUPED | {"head_dim": 16},  # heads that are not hidden / heads
+    "gemma2": GROUPED | {"head_dim": 8},
+    "phi3": GROUPED,  # q, k, v in one
+    "gpt_neox": SIZES,  # a head of another name
+    "opt": SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "bloom": SIZES | {"n_layer": 2, "n_head": 4},
+    "qwen3_moe": GROUPED | {"num_experts": 3, "moe_intermediate_size": 16, "head_dim": 8},
+}
+
+
+def built(name: str) -> Any:
+    kind = name.partition(",")[0]
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **MODELS[name]))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("model")
+    model = built(request.param)
+    model.save_pretrained(folder)
+    return request.param, model, read_facts(folder)
+
+
+def run(**sections: Any) -> Config:
+    raw = {
+        "model": {"path": "/m"},
+        "data": {"train": "/t"},
+        "output_dir": "/r",
+        "precision": "fp32",
+    }
+    return check_config(raw | sections, "test")
+
+
+def trainable(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_sizes_are_those_of_the_real_model(saved: Any) -> None:
+    _, model, facts = saved
+    config = model.config
+    assert facts.parameters == model.num_parameters()
+    assert facts.layers == config.num_hidden_layers == 2
+    assert facts.hidden == config.hidden_size == 32
+    assert facts.vocab == config.vocab_size == 96
+    assert facts.heads == config.num_attention_heads == 4
+    assert facts.kv_heads == getattr(config, "num_key_value_heads", 4)
+    assert facts.head_dim == getattr(config, "head_dim", None) or 8
+    assert facts.max_positions == getattr(config, "max_position_embeddings", 1 << 30)
+    assert facts.architecture == type(model).__name__
+
+
+def test_what_lora_trains(saved: Any) -> None:
+    name, _, facts = saved
+    names = sorted({module.rsplit(".", 1)[-1] for module in facts.linears("all-linear")})
+    for targets in ("all-linear", names[:1]):
+        config = run(adapter={"lora_rank": 5, "target_modules": targets})
+        model = built(name)
+        layers = add_lora(model, config.adapter, seed=0)
+        assert trained_parameters(config, facts) == trainable(model) > 0
+        assert set(facts.linears(targets)) == set(layers)
+
+
+@pytest.mark.parametrize("patterns", [["*.layers.1.*", "*.h.1.*"], ["*norm*"], ["*"]], ids=str)
+def test_what_freeze_trains(saved: Any, patterns: list[str]) -> None:
+    name, _, facts = saved
+    model = built(name)
+    hits = [p for p in patterns if any(fnmatchcase(n, p) for n, _ in model.named_parameters())]
+    assert hits
+    _freeze_but(model, hits)
+    data = {"train": "t", "max_length": 32}
+    config = run(method="freeze", freeze={"trainable": hits}, data=data)
+    assert trained_parameters(config, facts) == trainable(model) > 0
+    make_plan(config, Fleet(), facts, "/r")  # which refuses names that are not there
+
+
+def test_full_trains_all(saved: Any) -> None:
+    _, model, facts = saved
+    assert trained_parameters(run(method="full"), facts) == model.num_parameters()
+
+
+# --- memory
+
+
+class Kept:
+    """Bytes that autograd keeps for backward, parameters aside."""
+
+    def __init__(self, model: Any):
+        self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.own:
+            self.storages[storage.data_ptr()] = storage  # held, so that no address comes twice
+        return tensor
+
+    @property
+    def size(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+def kept(model: Any, samples: int, length: int) -> int:
+    ids = torch.randint(0, 96, (samples, length))
+    seen = Kept(model)
+    with torch.autograd.graph.saved_tensors_hooks(seen.pack, lambda tensor: tensor):
+        loss = token_loss_sum(model, {"input_ids": ids, "labels": ids})
+    assert loss.requires_grad
+    return seen.size
+
+
+WIDE = GROUPED | {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 128,
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_activations_are_what_autograd_keeps(precision: str, method: str, tmp_path: Path) -> None:
+    """Never under it, and at most 40 % over."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **WIDE)).train()
+    model.config.use_cache = False
+    model.save_pretrained(tmp_path)
+    facts = read_facts(tmp_path)
+    model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    config = run(method=method, precision=precision, data={"train": "t", "max_length": 128})
+    if method == "lora":
+        add_lora(model, config.adapter, seed=0)
+    memory = predict_memory(config, facts, Arrangement(1, 3, 0))
+    plain = kept(model, 3, 128)
+    assert plain <= memory.activations + memory.logits <= 1.4 * plain
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    sparing = config.model_copy(
+        update={"model": config.model.model_copy(update={"activation_checkpointing": True})}
+    )
+    less = predict_memory(sparing, facts, Arrangement(1, 3, 0))
+    # What stays, and the one layer that is recomputed at a time.
+    needed = kept(model, 3, 128) + plain / 4
+    assert needed <= less.activations + less.logits <= 1.4 * needed
+
+
+def test_state_by_hand(tmp_path: Path) -> None:
+    """ZeRO's table (Rajbhandari et al. 2020, figure 1): 2 + 2 + 12 bytes a parameter, sharded."""
+    facts = read_facts(toy.toy_model(tmp_path / "m"))
+    p = sum(tensor.size for tensor in toy.weights().values())
+    config = run(method="full", precision="bf16")
+    parts = {}
+    for stage in range(4):
+        memory = predict_memory(config, facts, Arrangement(4, 1, stage))
+        parts[stage] = (memory.weights, memory.gradients, memory.optimizer)
+    block = sum(t.size for n, t in toy.weights().items() if ".layers.0." in n)
+    assert parts == {
+        0: (2 * p, 2 * p, 12 * p),
+        1: (2 * p, 2 * p, 3 * p),
+        2: (2 * p, p // 2, 3 * p),
+        3: (p // 2 + 2 * block * 2, p // 2, 3 * p),
+    }
+    offloaded = run(method="full", fleet={"offload_optimizer": True})
+    assert predict_memory(offloaded, facts, Arrangement(4, 1, 2)).optimizer == 0
+
+
+# --- arrangement
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
+    return read_facts(toy.toy_model(tmp_path_factory.mktemp("m") / "m"))
+
+
+def fits(config: Config, facts: ModelFacts, memory: int) -> Iterator[tuple[int, int]]:
+    """All (stage, micro-batch) that fit, the wanted one first."""
+    share = config.optim.batch_size // int(config.fleet.workers)
+    for stage, micro in itertools.product(range(4), range(share, 0, -1)):
+        at = Arrangement(int(config.fleet.workers), micro, stage)
+        if share % micro == 0 and predict_memory(config, facts, at).total <= FITS * memory:
+            yield stage, micro
+
+
+@pytest.mark.parametrize("memory", [2**21, 2**20, 700_000, 600_000, 500_000])
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_lowest_stage_then_the_largest_micro_batch(
+    facts: ModelFacts, memory: int, workers: int
+) -> None:
+    config = run(
+        method="full",
+        data={"train": "t", "max_length": 32},
+        optim={"batch_size": 12},
+        fleet={"workers": workers},
+    )
+    wanted = next(fits(config, facts, memory), None)
+    fleet = Fleet(memory_bytes=memory)
+    if wanted is None:
+        with pytest.raises(PlanError, match=r"the least this run needs is .* GiB per worker"):
+            make_plan(config, fleet, facts, "/r")
+        return
+    plan = make_plan(config, fleet, facts, "/r")
+    assert (plan.zero_stage, plan.micro_batch_size) == wanted
+    assert plan.world_size * plan.micro_batch_size * plan.gradient_accumulation_steps == 12
+    assert plan.memory == predict_memory(config, facts, Arrangement(workers, wanted[1], wanted[0]))
+
+
+def test_the_sizes_above_try_each_outcome(facts: ModelFacts) -> None:
+    """Or the test above would say little."""
+    config = run(
+        method="full",
+        data={"train": "t", "max_length": 32},
+        optim={"batch_size": 12},
+        fleet={"workers": 2},
+    )
+    sizes = (2**21, 2**20, 700_000, 600_000, 500_000)
+    outcomes = {next(fits(config, facts, memory), None) for memory in sizes}
+    assert None in outcomes
+    assert len(outcomes) >= 4
+
+
+def test_workers_default_to_the_gpus(facts: ModelFacts) -> None:
+    config = run(data={"train": "t", "max_length": 32})
+    assert make_plan(config, Fleet(nodes=2, gpus_per_node=4), facts, "/r").world_size == 8
+    assert make_plan(config, Fleet(), facts, "/r").world_size == 1
+
+
+def test_what_the_user_set_is_kept_even_where_it_seems_too_large(facts: ModelFacts) -> None:
+    config = run(
+        data={"train": "t", "max_length": 32},
+        optim={"micro_batch_size": 16},
+        fleet={"workers": 1, "zero_stage": 2},
+    )
+    plan = make_plan(config, Fleet(memory_bytes=1), facts, "/r")
+    assert (plan.zero_stage, plan.micro_batch_size) == (2, 16)
+
+
+def test_a_plan_survives_its_journey(facts: ModelFacts) -> None:
+    config = run(
+        data={"train": "t", "max_length": 32, "chat_template": "中 {{ x }}"},
+        optim={"betas": [0.8, 0.95], "max_grad_norm": None, "learning_rate": 1 / 3},
+        fleet={"offload_optimizer": True},
+        adapter={"target_modules": ["q_proj"]},
+    )
+    plan = make_plan(config, Fleet(memory_bytes=2**30), facts, "/r").replace(total_steps=7)
+    arrived = plan_from_json(plan_to_json(plan))
+    assert arrived == plan
+    assert arrived.digest == plan.digest
+    assert arrived.zero["offload_optimizer"] == {"device": "cpu"}
+
+
+NO_NUMBERS = {
+    "model.path", "data.train", "data.eval", "output_dir", "optim.micro_batch_size",
+    *(key for key in all_keys() if key.split(".")[0] in
+      ("fleet", "checkpoint", "evaluation", "samples", "tracking")),
+}  # fmt: skip
+OTHER: dict[str, Any] = {
+    "model.path": "/n", "model.revision": "v2", "model.attention": "eager",
+    "model.activation_checkpointing": True, "method": "full", "precision": "fp32",
+    "seed": 9, "output_dir": "/q", "adapter.lora_rank": 9, "adapter.lora_alpha": 9,
+    "adapter.lora_dropout": 0.5, "adapter.target_modules": ["q_proj"],
+    "data.train": "/u", "data.eval": "/e", "data.eval_fraction": 0.5, "data.format": "text",
+    "data.overlong": "drop", "data.packing": True, "data.max_length": 99,
+    "optim.batch_size": 32, "optim.micro_batch_size": 2, "optim.epochs": 2, "optim.max_steps": 9,
+    "optim.schedule": "linear", "optim.betas": [0.5, 0.5], "optim.final_fraction": 0.5,
+    "optim.weight_decay": 0.5, "optim.eps": 0.5, "optim.max_grad_norm": 0.5,
+    "optim.learning_rate": 0.5, "optim.warmup_steps": 5, "fleet.zero_stage": 2,
+    "fleet.gpus_per_worker": 0, "fleet.price_per_hour": 3.5, "fleet.offload_optimizer": True,
+    "fleet.preemptible": True, "tracking.sinks": ["wandb"],
+}  # fmt: skip
+"""Another value for each key. Names that are not here get "x", counts 3."""
+
+
+ALONE = [key for key in all_keys() if key not in ("task", "freeze.trainable")]
+"""Keys that can be set without another: a task has one value, freeze wants its method."""
+
+
+@pytest.mark.parametrize("key", ALONE)
+def test_the_digest_knows_what_decides_the_numbers(key: str, facts: ModelFacts) -> None:
+    texts = ("_column", "prompt", "template", "gpu", "interface", "project", "run_name")
+    value = OTHER.get(key, "x" if key.endswith(texts) else 3)
+    section, _, name = key.rpartition(".")
+    base = {"model": {"path": "/m"}, "data": {"train": "/t"}, "output_dir": "/r"}
+    raw = base | ({section: base.get(section, {}) | {name: value}} if section else {name: value})
+    plan = make_plan(run(data={"train": "t", "max_length": 32}), Fleet(), facts, "/r")
+    before, after = (plan.replace(config=check_config(r, "test")) for r in (base, raw))
+    assert before.config != after.config
+    assert (before.digest == after.digest) == (key in NO_NUMBERS)
+    elsewhere = before.replace(run_dir="/q", world_size=8, micro_batch_size=2, zero={"stage": 3})
+    assert elsewhere.digest == before.digest
+
+
+# --- files
+
+
+def test_shapes_over_several_files(tmp_path: Path) -> None:
+    whole, parts = toy.weights(), tmp_path / "parts"
+    parts.mkdir()
+    names = sorted(whole)
+    index = {}
+    for i in range(3):
+        file = f"model-{i}.safetensors"
+        save_file({name: whole[name] for name in names[i::3]}, parts / file)
+        index |= dict.fromkeys(names[i::3], file)
+    (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert read_shapes(parts) == {name: tensor.shape for name, tensor in whole.items()}
+
+
+def test_a_tied_head_that_stands_in_the_file_all_the_same(tmp_path: Path) -> None:
+    folder = toy.toy_model(tmp_path / "m")
+    before = read_facts(folder).parameters
+    head = {"lm_head.weight": np.zeros((toy.VOCABULARY, toy.HIDDEN), np.float32)}
+    save_file(toy.weights() | head, folder / "model.safetensors")
+    assert read_facts(folder).parameters == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 0},
+        {"num_hidden_layers": -1},
+        {"hidden_size": "32"},
+        {"model_type": None},
+        {"vocab_size": 0},
+    ],
+    ids=str,
+)
+def test_odd_configs_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"name/config\.json"):
+        facts_from(toy.MODEL_CONFIG | change, {}, "name")
+
+
+@pytest.mark.parametrize("change", [{"text_config": [1]}, {"architectures": 3}], ids=str)
+def test_odd_values_that_say_nothing_are_passed_over(change: dict[str, Any]) -> None:
+    assert facts_from(toy.MODEL_CONFIG | change, {}, "name").hidden == toy.HIDDEN
+
+
+def test_the_language_part_of_a_model_of_several(tmp_path: Path) -> None:
+    both = {"model_type": "x", "architectures": ["X"], "text_config": toy.MODEL_CONFIG}
+    assert facts_from(both, {}, "name").layers == toy.LAYERS
