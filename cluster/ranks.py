@@ -1,4 +1,4 @@
-"""How Ray Train's workers find each other: the variables torchrun would set, and no torch.
+"""Ray Train, told how its workers find each other: the variables torchrun would set, no torch.
 
 Ray's own TorchConfig imports torch and joins the process group before the worker's code runs;
 there DeepSpeed could not be told first what not to compile.
@@ -12,6 +12,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+
+class Trainer(DataParallelTrainer):
+    """DataParallelTrainer with only the actors that a run of ours needs: each that Ray Train
+    starts beside the workers costs 1.4 CPU-seconds before the first step.
+
+    `_create_default_callbacks` is Ray's own business: where a version has it no more, or names
+    its callbacks otherwise, nothing is left out and the start is slower.
+    """
+
+    def __init__(self, *arguments: Any, local: bool, **options: Any):
+        self.unneeded = {"DatasetsCallback"}  # we feed no ray.data
+        if local:  # frees the placement group of a driver that died; here Ray dies with it
+            self.unneeded.add("PlacementGroupCleanerCallback")
+        super().__init__(*arguments, **options)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [c for c in callbacks if type(c).__name__ not in self.unneeded]
 
 
 @dataclass

@@ -104,7 +104,7 @@ def train_run(config: Config, address: str | None, fresh: bool, display: Display
             cpus = plan.world_size * config.fleet.cpus_per_worker
             ray = stack.enter_context(ray_cluster(None, cpus))
             watcher.phase("ray", began)
-        return watcher.run(ray, wait_s=config.fleet.start_timeout_s if address else 0.0)
+        return watcher.run(ray, local=address is None)
 
 
 def finished(run: Path, config: Config) -> Result | None:
@@ -161,12 +161,12 @@ class Watcher:
     def phase(self, name: str, since: float) -> None:
         self.tell(Event("phase", {"name": name, "seconds": time.time() - since}))
 
-    def run(self, ray: Any, wait_s: float) -> Result:
+    def run(self, ray: Any, local: bool) -> Result:
         stopper = Stopper(self.dir, self.display.say)
         status, step, error = "failed", 0, None
         try:
             with stopper.installed():
-                outcome: Outcome = run_plan(ray, self.plan, self._watch, wait_s)
+                outcome: Outcome = run_plan(ray, self.plan, self._watch, local)
             status = "done" if outcome.complete else "interrupted"
             step = outcome.step
         except KeyboardInterrupt:
