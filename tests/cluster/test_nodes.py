@@ -69,26 +69,32 @@ def loopback_nodes(count: int) -> Iterator[list[tuple[Prefix, str]]]:
 
 
 @contextlib.contextmanager
-def cluster(nodes: list[tuple[Prefix, str]], environment: dict[str, str]) -> Iterator[str]:
-    """`ray start` on each node, the first being the head without CPUs of its own → address."""
+def cluster(
+    nodes: list[tuple[Prefix, str]], environment: dict[str, str], logs: Path
+) -> Iterator[str]:
+    """`ray start` on each node, the first being the head without CPUs of its own → address.
+
+    One after the other: raylets of one machine that start together race for their files.
+    """
     (head, address), *rest = nodes
     started: list[subprocess.Popen] = []
 
     def launch(prefix: Prefix, *arguments: str) -> None:
         command = [*prefix, str(RAY), "start", "--block", *SMALL, *arguments]
-        log = subprocess.DEVNULL
-        started.append(
-            subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, start_new_session=True
+        log = logs / f"ray-start-{len(started)}.log"
+        with log.open("w") as out:
+            started.append(
+                subprocess.Popen(
+                    command, env=environment, stdout=out, stderr=out, start_new_session=True
+                )
             )
-        )
+        wait(lambda: "Ray runtime started" in log.read_text(), log)
 
     port = "6399"
     dashboard = ["--dashboard-host=127.0.0.1", "--include-dashboard=false"]
     try:
         launch(head, "--head", f"--node-ip-address={address}", f"--port={port}", "--num-cpus=0",
                *dashboard)  # fmt: skip
-        wait(lambda: answers(head, address, port), "the head's port")
         for prefix, own in rest:
             launch(prefix, f"--address={address}:{port}", f"--node-ip-address={own}",
                    "--num-cpus=1")  # fmt: skip
@@ -104,15 +110,10 @@ def cluster(nodes: list[tuple[Prefix, str]], environment: dict[str, str]) -> Ite
                 os.killpg(process.pid, 9)
 
 
-def answers(prefix: Prefix, address: str, port: str) -> bool:
-    code = f"import socket; socket.create_connection(({address!r}, {port}), 1)"
-    return not subprocess.run([*prefix, sys.executable, "-c", code], capture_output=True).returncode
-
-
-def wait(condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
+def wait(condition: Callable[[], bool], log: Path, timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come up"
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
 
 
@@ -137,7 +138,7 @@ def test_training_across_nodes_equals_one_process(model, tmp_path):
     }
     environment.pop("RAY_ADDRESS", None)
     hosts = namespaces if may_make_namespaces() else loopback_nodes
-    with hosts(3) as nodes, cluster(nodes, environment) as address:
+    with hosts(3) as nodes, cluster(nodes, environment, tmp_path) as address:
         command = [*nodes[0][0], sys.executable, "-m", "trimpot.cluster.cli", "train", str(yaml)]
         done = subprocess.run(
             [*command, "--address", address],
