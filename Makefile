@@ -44,7 +44,8 @@ format: install
 	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
 
 bench: install
-	@$(BIN)/trimpot bench launch
+	$(BIN)/trimpot recipe technical --out $(OUT)
+	$(BIN)/trimpot bench launch --model $(OUT)/SmolLM2-135M-Instruct --data $(OUT)/train.jsonl
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache

@@ -64,7 +64,7 @@ def train(
     """Train a run; one that was interrupted goes on where it was."""
     from trimpot.cluster.display import Display
     from trimpot.cluster.train import train_run
-    from trimpot.runner.config import load_config
+    from trimpot.runner.run_yaml import load_config
 
     checked = load_config(config, overrides or [])
     with Display() as display:
@@ -84,7 +84,7 @@ def plan(
     from trimpot.cluster.fleet import local_fleet
     from trimpot.cluster.prepare import check_inputs, draft_plan
     from trimpot.cluster.show import plan_table, plan_values
-    from trimpot.runner.config import load_config
+    from trimpot.runner.run_yaml import load_config
 
     checked = load_config(config, overrides or [])
     check_inputs(checked)

@@ -10,9 +10,9 @@ import typer
 
 from trimpot.cluster.display import Display
 from trimpot.cluster.train import train_run
-from trimpot.runner.config import load_config
 from trimpot.runner.errors import TrainError
 from trimpot.runner.recipes.prepare import prepare
+from trimpot.runner.run_yaml import load_config
 
 
 def run_quickstart(out: Path, recipe: str) -> dict[str, Any]:

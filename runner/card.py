@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trimpot.runner.config import looks_local
 from trimpot.runner.journal import FILE
+from trimpot.runner.run_yaml import looks_local
 from trimpot.runner.tuned import Trained
 
 

@@ -24,7 +24,7 @@ import yaml
 
 from trimpot.cluster import cli, prepare, train
 from trimpot.cluster.prepare import prepare_run, run_lock
-from trimpot.runner.config import load_config
+from trimpot.runner.run_yaml import load_config
 from trimpot.runner.types import Fleet
 
 Mischief = Callable[[Path], Any]

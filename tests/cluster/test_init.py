@@ -17,8 +17,9 @@ from trimpot.cluster import init
 from trimpot.cluster.fleet import local_fleet
 from trimpot.cluster.init import write_config
 from trimpot.cluster.prepare import check_inputs, draft_plan, prepare_run, run_lock
-from trimpot.runner.config import Config, all_keys, load_config
+from trimpot.runner.config import Config, all_keys
 from trimpot.runner.errors import ConfigError, DataError, ModelError
+from trimpot.runner.run_yaml import load_config
 from trimpot.runner.types import Fleet
 
 PAIR = "prompt_completion"

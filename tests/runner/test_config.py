@@ -11,8 +11,9 @@ import toy
 import yaml
 from pydantic import ValidationError
 
-from trimpot.runner.config import Config, all_keys, check_config, json_schema, load_config
+from trimpot.runner.config import Config, all_keys, check_config, json_schema
 from trimpot.runner.errors import ConfigError
+from trimpot.runner.run_yaml import load_config
 
 
 def config(**sections: Any) -> Config:

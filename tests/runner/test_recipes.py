@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from tests import tiny
-from trimpot.runner.config import load_config
 from trimpot.runner.errors import DataError, ModelError, StorageError, UserError
 from trimpot.runner.recipes import legal, medical, prepare, smollm2, technical
+from trimpot.runner.run_yaml import load_config
 
 HERE = Path(prepare.__file__).resolve().parent
 HAS_ICD = importlib.util.find_spec("simple_icd_10_cm") is not None
