@@ -113,7 +113,8 @@ def takes_only_tokens(address: str, environment: dict[str, str]) -> bool:
 
     def ask(token: str | None) -> Any:
         metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        with grpc.insecure_channel(address) as channel:
+        # As Ray does it: a cluster's own addresses are not for a proxy.
+        with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
             call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
             try:
                 call(b"", timeout=ANSWER_WITHIN_S, metadata=metadata)
@@ -231,12 +232,13 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def worker_gpus(plan: Plan) -> int:
+    """GPUs of each worker: as the config says, else one where the cluster has any."""
     gpus = plan.config.fleet.gpus_per_worker
     if gpus != "auto":
         return gpus
     import ray
 
-    return 1 if ray.cluster_resources().get("GPU", 0) >= plan.world_size else 0
+    return 1 if ray.cluster_resources().get("GPU", 0) else 0
 
 
 def wait_for_room(ray: Any, plan: Plan, wait_s: float) -> None:

@@ -61,8 +61,8 @@ class Plan:
     """None until the data is compiled: an epoch's length is not known before."""
     zero: dict[str, Any]
     """DeepSpeed's `zero_optimization` section."""
-    kernels: dict[str, str] = field(default_factory=dict[str, str])
-    """{op: backend}, of the kernels that this run uses."""
+    kernels: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+    """{op: {"backend", "why"}}, of the kernels that this run uses."""
     memory: Memory | None = None
 
     @property
