@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml .ci/constraints.txt csrc/CMakeLists.txt $(wildcard csrc
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt \
-	    scikit-build-core pybind11
+	    scikit-build-core pybind11 setuptools wheel  # the last two: deepspeed builds without isolation
 	$(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt \
 	    --no-build-isolation --editable '.[dev,gguf,medical,tensorboard]'
 	# Without its dependencies: only the weights in it are wanted, not its inference engine.
