@@ -1,0 +1,40 @@
+"""From the name of an op and a backend to the module that computes it.
+
+Every tensor op has its definition in `ops/<op>.py`, C++ in `cpp/<op>.py` and Triton in
+`triton/<op>.py`, with functions of the same names and signatures. Modules are loaded when they
+are first asked for: nothing pulls in triton that does not use it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+from trimpot.kernels.dispatch import AUTO, choose
+from trimpot.kernels.errors import BackendError
+
+FOLDERS = {"torch": "ops", "cpp": "cpp", "triton": "triton"}
+
+
+@functools.cache
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module of `backend`, whose variant ("cpp:int16") is not looked at here."""
+    name = backend.partition(":")[0]
+    if name not in FOLDERS:
+        raise BackendError(f"{op} has no backend {backend!r}; it has {', '.join(FOLDERS)}, or auto")
+    return importlib.import_module(f"trimpot.kernels.{FOLDERS[name]}.{op}")
+
+
+def resolve(op: str, backend: str, tensor: torch.Tensor) -> str:
+    """The backend that runs `op` on tensors like this one: `backend`, unless that is auto."""
+    if backend != AUTO:
+        return backend
+    return _chosen(op, tensor.device.type, str(tensor.dtype).removeprefix("torch."))
+
+
+@functools.cache
+def _chosen(op: str, device: str, dtype: str) -> str:
+    return choose(op, device=device, dtype=dtype).backend
