@@ -1,0 +1,89 @@
+"""The one door through which wrappers launch Triton kernels.
+
+A wrapper (`forward`, `backward` of `kernels/triton/<op>.py`) calls `check` once on its tensors and
+`launch(kernel, grid, ...)` for each kernel. Under `recording()` nothing runs: the launches are
+kept, so that the proof tools compile exactly what a GPU would be given, from tensors on the
+`meta` device, which have a shape and no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trimpot.kernels.errors import BackendError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: positional `args`, and constexprs with num_warps, num_stages in `meta`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Launches inside are put into the list that this gives, and not run."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def interpreted() -> bool:
+    """Whether Triton was told to interpret kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check(op: str, *tensors: torch.Tensor | None) -> None:
+    """Raises BackendError unless Triton can run `op` on these tensors: device and dtype."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            raise BackendError(
+                f"{op}: triton takes bfloat16, float16 and float32, not {tensor.dtype}; "
+                "use backend torch"
+            )
+        on_gpu = tensor.device.type == "cuda"  # ROCm says cuda too
+        if not (on_gpu or interpreted() or (_recorded is not None and tensor.is_meta)):
+            raise BackendError(
+                f"{op}: triton was asked for on {tensor.device.type}, it runs on a GPU; use "
+                "backend cpp or torch (or set TRITON_INTERPRET=1 to run it slowly on the CPU)"
+            )
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Runs `kernel[grid](*args, **meta)` on the device of its first tensor; an empty grid does
+    nothing, since CUDA refuses it."""
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, meta))
+        return
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*args, **meta)
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; an H100's 132 where nothing is run."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132
