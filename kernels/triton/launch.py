@@ -70,9 +70,10 @@ def check(op: str, *tensors: torch.Tensor | None) -> None:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Runs `kernel[grid](*args, **meta)` on the device of its first tensor; an empty grid does
-    nothing, since CUDA refuses it."""
+    nothing, since CUDA refuses it. fma is allowed unless `enable_fp_fusion=False` is said."""
     if 0 in grid:
         return
+    meta.setdefault("enable_fp_fusion", True)  # said always: triton's own default is to change
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
         return
