@@ -8,6 +8,7 @@
 #include <string>
 #include <type_traits>
 
+#include "bindings.h"
 #include "cpu.h"
 #include "hash.h"
 #include "pack.h"
@@ -18,7 +19,7 @@ namespace {
 
 // Rises with every change of a signature, together with INTERFACE in kernels/native.py: an
 // extension left over from another checkout is then refused by name instead of failing oddly.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 template <typename T>
 struct Vector {
@@ -96,4 +97,5 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.def("pack", &pack, py::arg("lengths"), py::arg("capacity"), py::arg("bins"));
     m.def("hash_documents", &hash_documents, py::arg("tokens"), py::arg("offsets"), py::arg("seed"),
           py::arg("hashes"), py::arg("variant"));
+    trimpot::bind_gemm(m);
 }

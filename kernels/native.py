@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-INTERFACE = 1
+INTERFACE = 2
 """Rises together with kInterface in csrc/bindings.cpp, at every change of a signature."""
 
 _NAME = "trimpot.kernels._native"
@@ -72,7 +72,8 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _extension() -> Any:
+def extension() -> Any:
+    """The module itself, for the modules in `kernels/cpp/`. Raises BackendError where it is shut."""
     now = state()
     if not now.available:
         raise BackendError(f"native kernels can't run: {now.why}; use the torch backend")
@@ -81,7 +82,7 @@ def _extension() -> Any:
 
 def pack(lengths: NDArray[np.int64], capacity: int, bins: NDArray[np.int64]) -> int:
     """First-fit decreasing into `bins`; returns their number. See `ops/pack.py`."""
-    return _extension().pack(lengths, capacity, bins)
+    return extension().pack(lengths, capacity, bins)
 
 
 def hash_documents(
@@ -95,6 +96,6 @@ def hash_documents(
 
     `variant` is one of `state().hash_variants`, the fastest by default; all give the same bits.
     """
-    extension = _extension()
+    module = extension()
     chosen = state().hash_variants[0] if variant is None else variant
-    extension.hash_documents(tokens, offsets, seed, hashes, chosen)
+    module.hash_documents(tokens, offsets, seed, hashes, chosen)

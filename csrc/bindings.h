@@ -1,0 +1,10 @@
+// Parts of the door that stand in files of their own.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace trimpot {
+
+void bind_gemm(pybind11::module_& m);
+
+}  // namespace trimpot

@@ -1,0 +1,5 @@
+#define TRIMPOT_ISA avx2
+#define TRIMPOT_ISA_NAME "avx2"
+#define TRIMPOT_FAST_INT16 false
+
+#include "gemm_isa.inc"
