@@ -1,0 +1,124 @@
+"""Before anything is timed: what is right in float64, how far torch is from it, and are we closer.
+
+A backend that is not there, or whose result is wrong, becomes a row without times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trimpot.kernels.bench import ours
+from trimpot.kernels.bench.case import (
+    BOTH,
+    Case,
+    Outcome,
+    Variant,
+    cast,
+    copied,
+    outcome_of,
+    upstream_like,
+)
+from trimpot.kernels.bench.check import FACTOR, INT16_FACTOR, Judgement, judge, worst
+from trimpot.kernels.bench.peers import torch_variant
+from trimpot.kernels.errors import BackendError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A backend of ours that is there: what was asked for, what runs."""
+
+    wanted: str
+    backend: str
+    variant: Variant
+    judgement: Judgement
+
+
+class Truth:
+    """What a case's outcome is in float64, and how far torch is from it."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        inputs = copied(case.inputs) if case.in_place else case.inputs
+        with torch.no_grad():
+            self.upstream = upstream_like(case.torch_form(inputs))
+        wide = tuple(u.double() for u in self.upstream)
+        exactly = Variant("exact", case.torch_form)
+        self.exact: Outcome = (
+            case.exact(case.inputs, self.upstream)
+            if case.exact
+            else outcome_of(exactly, case, cast(case.inputs, torch.float64), wide)
+        )
+        self._yardsticks: dict[str, Outcome] = {}
+
+    def judge(self, variant: Variant, backend: str) -> Judgement:
+        """int16 is held to half of bf16's error, everything else to twice torch's own."""
+        int16 = backend.endswith(":int16")
+        found = outcome_of(variant, self.case, self.case.inputs, self.upstream)
+        factor = INT16_FACTOR if int16 else FACTOR
+        return judge(found, self._yardstick(int16), self.exact, factor)
+
+    def _yardstick(self, bf16: bool) -> Outcome:
+        name = "bf16" if bf16 else "own"
+        if name not in self._yardsticks:
+            peer = torch_variant(self.case, torch.bfloat16 if bf16 else None)
+            self._yardsticks[name] = outcome_of(peer, self.case, self.case.inputs, self.upstream)
+        return self._yardsticks[name]
+
+    def error_of(self, variant: Variant) -> float:
+        return worst(outcome_of(variant, self.case, self.case.inputs, self.upstream), self.exact)
+
+
+def prepare(case: Case, wanted: str, truth: Truth) -> Ours | BackendError:
+    """The backend as a variant, judged; or the error that says why it is not to be had."""
+    sample = next(v for v in case.inputs.values() if isinstance(v, torch.Tensor))
+    try:
+        variant = Variant(f"ours {wanted}", case.ours(wanted))
+        backend = ours.resolved(case.call.op, wanted, sample)
+        return Ours(wanted, backend, variant, truth.judge(variant, backend))
+    except BackendError as error:
+        return error
+
+
+def refused(mode: str, wanted: str, peer: str, found: Ours | BackendError) -> Row:
+    """A row without times, for all modes and peers: the backend is not there, or is wrong."""
+    row: Row = {
+        "mode": mode,
+        "wanted": wanted,
+        "backend": wanted,
+        "peer": peer,
+        "p20": None,
+        "p50": None,
+        "p80": None,
+    }
+    if isinstance(found, BackendError):
+        return row | {"verdict": "MISSING", "why": str(found), "within_tolerance": None}
+    return row | {
+        "backend": found.backend,
+        "verdict": "WRONG",
+        "why": found.judgement.why,
+        "error": found.judgement.error,
+        "within_tolerance": False,
+    }
+
+
+def checked(mine: Ours, peer: str, peer_error: float) -> Row:
+    """A row without times, of a peer that is only an oracle here."""
+    return {
+        "mode": BOTH,
+        "wanted": mine.wanted,
+        "backend": mine.backend,
+        "peer": peer,
+        "p20": None,
+        "p50": None,
+        "p80": None,
+        "verdict": "CHECKED",
+        "why": "interpreted here: errors only",
+        "error": mine.judgement.error,
+        "peer_error": peer_error,
+        "within_tolerance": True,
+    }
