@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trimpot.cluster.cli_bench import bench
 from trimpot.kernels.errors import KernelError
 from trimpot.runner.errors import ConfigError, TrimpotError
 
@@ -231,27 +232,7 @@ def quickstart(
         _emit(result)
 
 
-bench = typer.Typer(help="Measure, paired against a peer in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-
-
-@bench.command("launch")
-def bench_launch(
-    model: Annotated[Path, typer.Option(help="Folder of the model to train.")],
-    data: Annotated[Path, typer.Option(help="Data to train on.")],
-    workers: Annotated[int, typer.Option(min=1)] = 2,
-    steps: Annotated[int, typer.Option(min=4)] = 30,
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
-    as_json: AsJson = False,
-) -> None:
-    """What Ray costs: step time and time to the first step, against torchrun of the same worker."""
-    from trimpot.cluster.bench import bench_launch as run
-
-    values = run(
-        model, data, workers, steps, repeats, say=(lambda _: None) if as_json else typer.echo
-    )
-    if as_json:
-        _emit(values)
 
 
 def _existing_run(run: Path) -> Path:

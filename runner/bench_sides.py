@@ -1,0 +1,220 @@
+"""The sides of `trimpot bench step`, each in a process of its own: ours, and the peers.
+
+A process is told what to do on stdin, a JSON object a line, and answers on stdout likewise. So
+every side has its own memory to be measured, and none leaves its heap to another, while the
+rounds still alternate between them.
+
+Ours is the runner's model with the runner's kernels. The peer is transformers + PEFT in a plain
+loop: loss.backward(), AdamW(fused=True).step(). Both start from the same weights and adapters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trimpot.kernels.bench.measure import peak_status, reset_peak
+from trimpot.runner import hub
+from trimpot.runner.adapters import peft_peer
+from trimpot.runner.bench_ours import build_ours
+from trimpot.runner.bench_workloads import make_batch, trained_tokens
+from trimpot.runner.tasks.causal_lm import token_loss_sum
+
+RANK, ALPHA = 16, 32.0
+LEARNING_RATE = 1e-4
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Side:
+    """A model with its adapters, and what one forward and backward of it is."""
+
+    model: nn.Module
+    adapters: dict[str, nn.Parameter]
+    backward: Callable[[], float]
+    """Adds the gradients of the batch's mean loss; → that loss."""
+    about: dict[str, Any]
+    optimizer: torch.optim.Optimizer | None = None
+
+    def step(self) -> float:
+        if self.optimizer is None:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
+        loss = self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+
+def make_side(name: str, folder: Path, documents: list[int]) -> Side:
+    """`name`: "ours:int16", "ours:fp32" …, or a peer: "fp32", "bf16", "fp32-documents"."""
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    batch = make_batch(vocabulary, documents)
+    if name.startswith("ours:"):
+        built = build_ours(folder, name.removeprefix("ours:"), RANK, ALPHA)
+        side = Side(built.model, built.adapters, _mean_loss(built.model, batch), built.about)
+    else:
+        side = _peer(name, folder, batch, documents)
+    start_adapters(side.adapters)
+    return side
+
+
+def _peer(name: str, folder: Path, batch: Batch, documents: list[int]) -> Side:
+    dtype = torch.bfloat16 if name.startswith("bf16") else torch.float32
+    base = hub.load_causal_lm(folder, dtype=dtype, attention="sdpa", deepspeed=None)
+    model = peft_peer.add_peft(base, RANK, ALPHA)
+    model.train()
+    one_by_one = name.endswith("-documents")
+    backward = (
+        _by_documents(model, batch, documents) if one_by_one else _as_transformers(model, batch)
+    )
+    return Side(model, peft_peer.adapter_weights(model), backward, {"variant": name})
+
+
+def _mean_loss(model: nn.Module, batch: Batch) -> Callable[[], float]:
+    tokens = trained_tokens(batch)
+
+    def backward() -> float:
+        loss = token_loss_sum(model, batch) / tokens
+        loss.backward()
+        return float(loss.detach())
+
+    return backward
+
+
+def _as_transformers(model: nn.Module, batch: Batch) -> Callable[[], float]:
+    def backward() -> float:
+        loss = model(**batch).loss
+        loss.backward()
+        return float(loss.detach())
+
+    return backward
+
+
+def _by_documents(model: nn.Module, batch: Batch, documents: list[int]) -> Callable[[], float]:
+    """One document a micro-batch, gradients accumulated: attention then needs no mask."""
+    tokens = trained_tokens(batch)
+    ends = np.cumsum(documents).tolist()
+
+    def backward() -> float:
+        total = 0.0
+        for start, end in zip([0, *ends], ends, strict=False):
+            ids = batch["input_ids"][:, start:end]
+            loss = model(input_ids=ids, labels=ids).loss * ((end - start - 1) / tokens)
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    return backward
+
+
+def start_adapters(adapters: dict[str, nn.Parameter]) -> None:
+    """The same A and B for every side, by name. B is not 0 as at the start of training: half of
+    the gradients would be."""
+    for name, parameter in sorted(adapters.items()):
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(parameter.shape, generator=generator)
+        scale = parameter.shape[1] ** -0.5 if name.endswith("lora_A") else 0.02
+        with torch.no_grad():
+            parameter.copy_(values * scale)
+
+
+def gradients(side: Side, path: Path) -> dict[str, Any]:
+    """Write each adapter's gradient of the first batch, fp32, and forget it."""
+    loss = side.backward()
+    found = {name: p.grad for name, p in side.adapters.items()}
+    arrays = {n: g.detach().float().numpy() for n, g in found.items() if g is not None}
+    np.savez(path, **arrays)  # pyright: ignore[reportArgumentType]
+    side.model.zero_grad(set_to_none=True)
+    return {"loss": loss, **side.about}
+
+
+def timed_step(side: Side) -> dict[str, Any]:
+    resets = reset_peak(trim=False)  # a training loop does not give its heap back either
+    wall, cpu = time.perf_counter(), time.process_time()
+    loss = side.step()
+    seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "loss": loss,
+        "peak_bytes": peak_status(resets),
+    }
+
+
+PARTS = {
+    "scaled_dot_product": "attention (torch)",
+    "flash_attention": "attention (torch)",
+    "mm": "GEMM (torch)",
+    "addmm": "GEMM (torch)",
+    "bmm": "GEMM (torch)",
+    "_fused_adamw_": "AdamW (torch)",
+}
+
+
+def part_of(name: str) -> str:
+    """The row of the shares table that an operator of the profile goes into."""
+    if name.startswith("trimpot::"):
+        return name.removeprefix("trimpot::").removesuffix("_backward")
+    plain = name.removeprefix("aten::")
+    for key, part in PARTS.items():
+        if plain == key or (len(key) > 5 and key in plain):
+            return part
+    return "elementwise and copies (torch)"
+
+
+def shares(side: Side) -> dict[str, Any]:
+    """{part: share of one step's wall time}, by the profiler; the rest is Python's."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        wall = time.perf_counter()
+        side.step()
+        seconds = time.perf_counter() - wall
+    found: dict[str, float] = {}
+    for event in profiled.key_averages():
+        part = part_of(event.key)
+        found[part] = found.get(part, 0.0) + event.self_cpu_time_total / 1e6
+    found["Python and dispatch"] = max(0.0, seconds - sum(found.values()))
+    whole = sum(found.values())
+    return {part: round(value / whole, 4) for part, value in found.items()}
+
+
+def serve(spec: dict[str, Any]) -> None:
+    """Build the side, then do what each line of stdin says until there is none."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    torch.set_num_threads(spec["threads"])
+
+    def answer(values: Any) -> None:
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+    side = make_side(spec["side"], Path(spec["folder"]), spec["documents"])
+    answer({"ready": True})
+    for line in sys.stdin:
+        command = json.loads(line)
+        match command["do"]:
+            case "gradients":
+                answer(gradients(side, Path(command["path"])))
+            case "step":
+                answer(timed_step(side))
+            case "shares":
+                answer(shares(side))
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))

@@ -1,0 +1,246 @@
+"""`trimpot bench step`: one training step of ours against transformers + PEFT, in paired rounds.
+
+Before anything is timed, each side's adapter gradients of the same batch are taken and held
+against those of transformers + PEFT in float32: how close arithmetic is belongs beside how fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimpot.kernels.bench.stats import paired_ratio, spread
+from trimpot.runner.bench_workloads import Workload, find_workload, write_model
+from trimpot.runner.errors import ConfigError, TrainError
+
+REFERENCE, LOW = "fp32", "bf16"
+PEERS = ("fp32", "bf16", "fp32-documents")
+VARIANTS = ("int16", "fp32")
+TITLES = {
+    ("fp32", False): "transformers + PEFT, fp32 sdpa",
+    ("bf16", False): "transformers + PEFT, bf16 sdpa",
+    ("fp32", True): "transformers + PEFT, fp32 sdpa, dense mask",
+    ("bf16", True): "transformers + PEFT, bf16 sdpa, dense mask",
+    ("fp32-documents", True): "transformers + PEFT, fp32 sdpa, one document per micro-batch",
+}
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Process:
+    """A side that runs; see bench_sides."""
+
+    name: str
+    inner: subprocess.Popen[str]
+    log: Path
+
+    def ask(self, do: str, **values: Any) -> dict[str, Any]:
+        """Raises TrainError where the side has died."""
+        assert self.inner.stdin is not None
+        try:
+            self.inner.stdin.write(json.dumps({"do": do, **values}) + "\n")
+            self.inner.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has died: what it said last is in the log, which answer() reads
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.inner.stdout is not None
+        if line := self.inner.stdout.readline():
+            return json.loads(line)
+        self.inner.wait()
+        said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise TrainError(f"bench step, {self.name}: {said[-1] if said else 'ended silently'}")
+
+    def stop(self) -> None:
+        if self.inner.stdin is not None:
+            self.inner.stdin.close()
+        self.inner.wait()
+        if self.inner.stdout is not None:
+            self.inner.stdout.close()
+
+
+def bench_step(
+    names: Sequence[str],
+    variants: Sequence[str],
+    peers: Sequence[str],
+    tokens: int | None,
+    threads: int,
+    repeats: int,
+    say: Say,
+) -> dict[str, Any]:
+    """→ {"rows": one per workload and peer, of the first variant; "other_variants": the same of
+    the others; "shares": per workload}. Raises ConfigError, KernelError, TrainError."""
+    workloads = [(name, find_workload(name, tokens)) for name in names]
+    if unknown := [peer for peer in peers if peer not in PEERS]:
+        raise ConfigError(f"--peer {unknown[0]} is not known; there are {', '.join(PEERS)}")
+    result: dict[str, Any] = {"rows": [], "other_variants": [], "shares": []}
+    with tempfile.TemporaryDirectory(prefix="trimpot-step-") as scratch:
+        for name, workload in workloads:
+            folder = _model_folder(name, workload, Path(scratch))
+            bench = _Bench(workload, folder, Path(scratch), threads, say)
+            found = bench.run(variants, peers, repeats)
+            result["rows"] += [row for row in found["rows"] if row["wanted"] == variants[0]]
+            result["other_variants"] += [
+                row for row in found["rows"] if row["wanted"] != variants[0]
+            ]
+            result["shares"].append(found["shares"])
+    return result
+
+
+def _model_folder(name: str, workload: Workload, scratch: Path) -> Path:
+    if workload.shape is None:
+        return Path(name.removesuffix("-packed")).resolve()
+    folder = scratch / workload.shape.name
+    if not folder.is_dir():
+        write_model(workload.shape, folder)
+    return folder
+
+
+@dataclass
+class _Bench:
+    workload: Workload
+    folder: Path
+    scratch: Path
+    threads: int
+    say: Say
+
+    def run(self, variants: Sequence[str], peers: Sequence[str], repeats: int) -> dict[str, Any]:
+        ours = [f"ours:{variant}" for variant in variants]
+        others = [peer for peer in peers if (peer, self.workload.packed) in TITLES]
+        needed = list(dict.fromkeys([*ours, *others, REFERENCE, LOW]))
+        sides = {name: self._start(name) for name in needed}
+        try:
+            for side in sides.values():
+                side.answer()
+            errors, about = self._gradients(sides)
+            for name in [name for name in sides if name not in (*ours, *others)]:
+                sides.pop(name).stop()
+            steps = self._rounds(sides, repeats)
+            shares = sides[ours[0]].ask("shares")
+        finally:
+            for side in sides.values():
+                side.stop()
+        rows = [self._row(mine, peer, steps, errors, about) for mine in ours for peer in others]
+        return {
+            "rows": rows,
+            "shares": {
+                "workload": self.workload.name,
+                "variant": about[ours[0]].get("variant", variants[0]),
+                "shares": dict(sorted(shares.items(), key=lambda item: -item[1])),
+            },
+        }
+
+    def _start(self, name: str) -> Process:
+        spec = {
+            "side": name,
+            "folder": str(self.folder),
+            "documents": self.workload.documents,
+            "threads": self.threads,
+        }
+        log = self.scratch / f"{name.replace(':', '-')}.log"
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(self.threads),
+            "OMP_WAIT_POLICY": "passive",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        with log.open("w") as file:
+            inner = subprocess.Popen(
+                [sys.executable, "-m", "trimpot.runner.bench_sides", json.dumps(spec)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
+                env=environment, text=True,
+            )  # fmt: skip
+        return Process(name, inner, log)
+
+    def _gradients(
+        self, sides: dict[str, Process]
+    ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+        """({side: ‖g − reference‖ / ‖reference‖ over all adapters}, {side: what it says})."""
+        about: dict[str, dict[str, Any]] = {}
+        paths: dict[str, Path] = {}
+        for name, side in sides.items():
+            self.say(f"{self.workload.name}: gradients of {name}")
+            paths[name] = self.scratch / f"{name.replace(':', '-')}.npz"
+            about[name] = side.ask("gradients", path=str(paths[name]))
+        reference = dict(np.load(paths[REFERENCE]))
+        errors = {
+            name: relative_error(dict(np.load(path)), reference) for name, path in paths.items()
+        }
+        return errors, about
+
+    def _rounds(self, sides: dict[str, Process], repeats: int) -> dict[str, list[dict[str, Any]]]:
+        """Each round asks every side for a step, in turning order; a first round warms up."""
+        steps: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+        names = list(sides)
+        for number in range(repeats + 1):
+            turn = number % len(names)
+            for name in [*names[turn:], *names[:turn]]:
+                taken = sides[name].ask("step")
+                if number:
+                    steps[name].append(taken)
+            self.say(f"{self.workload.name}: round {number} of {repeats}")
+        return steps
+
+    def _row(
+        self,
+        mine: str,
+        peer: str,
+        steps: dict[str, list[dict[str, Any]]],
+        errors: dict[str, float],
+        about: dict[str, dict[str, Any]],
+    ) -> dict[str, Any]:
+        ours_s = [step["seconds"] for step in steps[mine]]
+        peer_s = [step["seconds"] for step in steps[peer]]
+        ours_cpu = [step["cpu_seconds"] for step in steps[mine]]
+        peer_cpu = [step["cpu_seconds"] for step in steps[peer]]
+        paired = paired_ratio(ours_s, peer_s)
+        ours_bytes = max(step["peak_bytes"] for step in steps[mine])
+        peer_bytes = max(step["peak_bytes"] for step in steps[peer])
+        tokens = self.workload.tokens
+        return {
+            "workload": self.workload.name,
+            "peer": TITLES[peer, self.workload.packed],
+            "variant": about[mine].get("variant", mine.removeprefix("ours:")),
+            "wanted": mine.removeprefix("ours:"),
+            "threads": self.threads,
+            "ratio": round(spread(peer_s).p50 / spread(ours_s).p50, 4),
+            "ratio_low": round(paired.p20, 4),
+            "ratio_high": round(paired.p80, 4),
+            "cpu_ratio": round(spread(peer_cpu).p50 / spread(ours_cpu).p50, 4),
+            "memory_ratio": round(ours_bytes / peer_bytes, 4),
+            "gradient_error": errors[mine],
+            "bf16_gradient_error": errors[LOW],
+            "tokens_per_second": round(tokens / spread(ours_s).p50, 2),
+            "peer_tokens_per_second": round(tokens / spread(peer_s).p50, 2),
+            "peak_bytes": ours_bytes,
+            "peer_peak_bytes": peer_bytes,
+            "loss": about[mine]["loss"],
+            "peer_loss": about[peer]["loss"],
+            "repeats": len(ours_s),
+            "kernels": about[mine].get("kernels", {}),
+        }
+
+
+def relative_error(found: dict[str, Any], reference: dict[str, Any]) -> float:
+    """‖found − reference‖ / ‖reference‖ over all tensors together, in float64.
+
+    Raises TrainError where the two are not of the same tensors: they would not be comparable.
+    """
+    if found.keys() != reference.keys():
+        odd = sorted(found.keys() ^ reference.keys())[0]
+        raise TrainError(f"bench step: only one of two sides has a gradient for {odd}")
+    pairs = [(found[n].astype(np.float64), reference[n].astype(np.float64)) for n in reference]
+    off = sum(float(np.square(a - b).sum()) for a, b in pairs)
+    whole = sum(float(np.square(b).sum()) for _, b in pairs)
+    return float(np.sqrt(off / whole)) if whole else float("nan")

@@ -1,0 +1,114 @@
+"""`trimpot bench step` from its command to its rows, and what it compares."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trimpot.kernels.bench.shapes import SHAPES
+from trimpot.kernels.errors import KernelError
+from trimpot.runner import bench_sides
+from trimpot.runner.bench_step import relative_error
+from trimpot.runner.bench_workloads import find_workload, make_batch, trained_tokens, write_model
+from trimpot.runner.data.batch import IGNORED
+from trimpot.runner.errors import TrainError
+
+ROW_KEYS = {
+    "workload", "peer", "ratio", "ratio_low", "ratio_high", "memory_ratio", "gradient_error",
+    "bf16_gradient_error", "variant", "threads", "tokens_per_second", "peer_tokens_per_second",
+}  # fmt: skip
+
+
+def test_a_tiny_step_end_to_end() -> None:
+    """Ours in float32 against a peer, packed; each side is a process of its own."""
+    command = [sys.executable, "-m", "trimpot.cluster.cli", "bench", "step", "--shape", "T-packed"]
+    command += ["--tokens", "64", "--repeats", "1", "--variant", "fp32", "--json", "-"]
+    command += ["--peer", "fp32"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    rows = result["rows"]
+    assert [row["peer"] for row in rows] == ["transformers + PEFT, fp32 sdpa, dense mask"]
+    for row in rows:
+        assert row.keys() >= ROW_KEYS
+        assert row["workload"] == "T-packed" and row["threads"] == 1
+        assert row["ratio"] > 0 and 0 < row["memory_ratio"] < 3
+        assert row["ratio_low"] <= row["ratio_high"]
+        # The same batch and weights, whoever computes: float32 agrees, bf16 is far from it.
+        assert 0 < row["gradient_error"] < 1e-5 < 1e-3 < row["bf16_gradient_error"] < 0.1
+        assert row["loss"] == pytest.approx(row["peer_loss"], rel=1e-5)
+    (part,) = result["shares"]
+    assert part["workload"] == "T-packed"
+    assert sum(part["shares"].values()) == pytest.approx(1, abs=0.01)
+    assert any("GEMM" in name or "lora" in name for name in part["shares"])
+
+
+def test_unknown_names_are_one_line() -> None:
+    command = [sys.executable, "-m", "trimpot.cluster.cli", "bench", "step"]
+    for arguments in (["--shape", "XL"], ["--shape", "T", "--peer", "me"]):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_workloads(tmp_path: Path) -> None:
+    assert find_workload("S-packed", None).documents == [512, 384, 320, 256, 224, 160, 128, 64]
+    assert find_workload("S", None).documents == [2048]
+    assert sum(find_workload("S-packed", 1000).documents) == 1000
+    folder = find_workload(f"{tmp_path}-packed", None)
+    assert folder.shape is None and folder.packed and folder.name == f"{tmp_path.name}-packed"
+    with pytest.raises(KernelError, match="there is no shape"):
+        find_workload("XL", None)
+
+
+def test_batches_keep_documents_apart() -> None:
+    batch = make_batch(100, [5, 3])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    assert (batch["labels"] == IGNORED).nonzero()[:, 1].tolist() == [0, 5]
+    assert trained_tokens(batch) == 4 + 2
+    assert "position_ids" not in make_batch(100, [8])
+
+
+def test_both_sides_have_the_same_adapters(tmp_path: Path) -> None:
+    write_model(SHAPES["T"], tmp_path / "T")
+    ours = bench_sides.make_side("ours:fp32", tmp_path / "T", [8])
+    peer = bench_sides.make_side("fp32", tmp_path / "T", [8])
+    assert ours.adapters.keys() == peer.adapters.keys()
+    assert len(ours.adapters) == 2 * 7 * SHAPES["T"].layers
+    for name, parameter in ours.adapters.items():
+        assert torch.equal(parameter, peer.adapters[name]), name
+        assert parameter.abs().sum() > 0
+
+
+def test_one_document_per_micro_batch_is_the_same_step(tmp_path: Path) -> None:
+    write_model(SHAPES["T"], tmp_path / "T")
+    losses, found = [], []
+    for name in ("fp32", "fp32-documents"):
+        side = bench_sides.make_side(name, tmp_path / "T", [9, 5, 2])
+        losses.append(bench_sides.gradients(side, tmp_path / f"{name}.npz")["loss"])
+        found.append(dict(np.load(tmp_path / f"{name}.npz")))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert relative_error(found[1], found[0]) < 1e-5
+
+
+def test_gradients_of_other_tensors_are_not_compared() -> None:
+    one = {"a": np.array([3.0, 4.0]), "b": np.zeros(2)}
+    assert relative_error(one, one) == 0
+    assert relative_error({"a": np.array([3.0, 4.5]), "b": np.zeros(2)}, one) == pytest.approx(0.1)
+    with pytest.raises(TrainError, match="for b"):
+        relative_error({"a": one["a"]}, one)
+
+
+def test_parts_of_a_step() -> None:
+    assert bench_sides.part_of("trimpot::lora_linear_backward") == "lora_linear"
+    assert bench_sides.part_of("aten::mm") == "GEMM (torch)"
+    assert bench_sides.part_of("aten::mul").startswith("elementwise")
+    name = "aten::_scaled_dot_product_flash_attention_for_cpu_backward"
+    assert bench_sides.part_of(name) == "attention (torch)"
+    assert bench_sides.part_of("aten::_fused_adamw_") == "AdamW (torch)"
