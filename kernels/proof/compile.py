@@ -79,4 +79,5 @@ def recorded(case: Case, dtype: str) -> list[Launch]:
 def compiled(launch: Launch) -> sass.Code:
     """The launch's kernel, compiled for the target in force and read."""
     args = [MockTensor(a.dtype) if isinstance(a, torch.Tensor) else a for a in launch.args]
-    return sass.read(launch.kernel.warmup(*args, grid=launch.grid, **launch.meta))
+    options = launch.options(driver.active.get_current_target().warp_size)
+    return sass.read(launch.kernel.warmup(*args, grid=launch.grid, **options))

@@ -1,4 +1,4 @@
-"""GeGLU in Triton: y = gelu_tanh(gate)·up; formula and traffic in glu.py, definition in ops/geglu.py."""
+"""GeGLU in Triton, y = gelu_tanh(gate)·up: kernels in glu.py, definition in ops/geglu.py."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from trimpot.kernels.triton.launch import check, launch
 from trimpot.kernels.triton.layout import as_rows
 
 BLOCK = 2048
-"""Elements of a program: 16 a thread at 4 warps, so that every load is 128 bits wide."""
+"""Elements of a program: 16 a thread of 128, so that every load is 128 bits wide."""
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _sigmoid_argument(g, GELU: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def glu_forward(
     GATE, UP, Y, gate_stride, up_stride, columns, blocks, GELU: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, column, mask = _place(columns, blocks, BLOCK)
@@ -55,7 +55,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def glu_backward(
     DY, GATE, UP, DGATE, DUP, dy_stride, gate_stride, up_stride, columns, blocks,
     GELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -77,8 +77,8 @@ def forward(op: str, gelu: bool, gate: torch.Tensor, up: torch.Tensor) -> torch.
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     (gate_MN, up_MN), grid, columns, blocks = _split(gate, up)
     launch(
-        _forward, grid, gate_MN, up_MN, y, gate_MN.stride(0), up_MN.stride(0), columns, blocks,
-        GELU=gelu, BLOCK=BLOCK, num_warps=4,
+        glu_forward, grid, gate_MN, up_MN, y, gate_MN.stride(0), up_MN.stride(0), columns, blocks,
+        GELU=gelu, BLOCK=BLOCK, threads=128,
     )  # fmt: skip
     return y
 
@@ -91,9 +91,9 @@ def backward(
     dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
     (dy_MN, gate_MN, up_MN), grid, columns, blocks = _split(dy, gate, up)
     launch(
-        _backward, grid, dy_MN, gate_MN, up_MN, dgate, dup,
+        glu_backward, grid, dy_MN, gate_MN, up_MN, dgate, dup,
         dy_MN.stride(0), gate_MN.stride(0), up_MN.stride(0), columns, blocks,
-        GELU=gelu, BLOCK=BLOCK, num_warps=4,
+        GELU=gelu, BLOCK=BLOCK, threads=128,
     )  # fmt: skip
     return dgate, dup
 

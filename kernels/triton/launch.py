@@ -23,12 +23,19 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: positional `args`, and constexprs with num_warps, num_stages in `meta`."""
+    """One kernel launch: positional `args`, and constexprs and compile options in `meta`."""
 
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     meta: dict[str, Any]
+
+    def options(self, warp_size: int) -> dict[str, Any]:
+        """`meta` as Triton takes it on a GPU whose warps have that many lanes."""
+        meta = dict(self.meta)
+        if threads := meta.pop("threads", None):
+            meta["num_warps"] = max(threads // warp_size, 1)
+        return meta
 
 
 _recorded: list[Launch] | None = None
@@ -70,17 +77,24 @@ def check(op: str, *tensors: torch.Tensor | None) -> None:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Runs `kernel[grid](*args, **meta)` on the device of its first tensor; an empty grid does
-    nothing, since CUDA refuses it. fma is allowed unless `enable_fp_fusion=False` is said."""
+    nothing, since CUDA refuses it.
+
+    `threads` may stand for num_warps: as many lanes on AMD, whose warps are twice as wide. fma is
+    allowed unless `enable_fp_fusion=False` is said.
+    """
     if 0 in grid:
         return
     meta.setdefault("enable_fp_fusion", True)  # said always: triton's own default is to change
+    one = Launch(kernel, grid, args, meta)
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, args, meta))
+        _recorded.append(one)
         return
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        kernel[grid](*args, **meta)
+    if device.type != "cuda":
+        kernel[grid](*args, **one.options(32))
+        return
+    with torch.cuda.device(device):
+        kernel[grid](*args, **one.options(torch.cuda.get_device_properties(device).warp_size))
 
 
 def processors(device: torch.device) -> int:

@@ -15,10 +15,10 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
-def warps(elements: int) -> int:
-    """Warps of a program that holds that many elements: 16 a thread, which is two 128-bit loads
-    of bf16; from 2 to 16."""
-    return min(max(elements // (16 * 32), 2), 16)
+def threads_for(elements: int) -> int:
+    """Threads of a program that holds that many elements: 16 a thread, which is two 128-bit loads
+    of bf16; from 64 to 512."""
+    return min(max(elements // 16, 64), 512)
 
 
 @triton.jit
@@ -51,6 +51,6 @@ def sum_rows(partials_PN: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         _sum_rows,
         (triton.cdiv(columns, block),),
         partials_PN, out, rows, columns,
-        ROWS=16, COLUMNS=block, num_warps=4,
+        ROWS=16, COLUMNS=block, threads=128,
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""SwiGLU in Triton: y = gate·σ(gate)·up; formula and traffic in glu.py, definition in ops/swiglu.py."""
+"""SwiGLU in Triton, y = gate·σ(gate)·up: kernels in glu.py, definition in ops/swiglu.py."""
 
 from __future__ import annotations
 
