@@ -1,6 +1,5 @@
-"""GeGLU, y = GELU(gate)·up, with GELU by its tanh form (transformers: gelu_pytorch_tanh); see glu.py
-for formulas and types.
-"""
+"""GeGLU, y = GELU(gate)·up, with GELU by its tanh form (transformers: gelu_pytorch_tanh); formulas
+and types in glu.py."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -20,12 +20,18 @@ FOLDERS = {"torch": "ops", "cpp": "cpp", "triton": "triton"}
 
 
 @functools.cache
-def implementation(op: str, backend: str) -> ModuleType:
-    """The module of `backend`, whose variant ("cpp:int16") is not looked at here."""
-    name = backend.partition(":")[0]
+def implementation(op: str, backend: str) -> Any:
+    """What computes `op` on `backend`: its module, or with a variant ("cpp:int16") what the
+    module's `variant` makes of that; both have the op's `forward` and `backward`."""
+    name, _, variant = backend.partition(":")
     if name not in FOLDERS:
         raise BackendError(f"{op} has no backend {backend!r}; it has {', '.join(FOLDERS)}, or auto")
-    return importlib.import_module(f"trimpot.kernels.{FOLDERS[name]}.{op}")
+    module = importlib.import_module(f"trimpot.kernels.{FOLDERS[name]}.{op}")
+    if not variant:
+        return module
+    if not hasattr(module, "variant"):
+        raise BackendError(f"{op} has no variants of {name}; {variant!r} was asked for")
+    return module.variant(variant)
 
 
 def resolve(op: str, backend: str, tensor: torch.Tensor) -> str:

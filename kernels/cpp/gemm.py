@@ -1,0 +1,338 @@
+"""Matrix products of the C++ extension: frozen weights in an integer pack, or fp32 as they are.
+
+M rows, K = d_in, N = d_out. The method and its error bound stand in csrc/gemm.h. Measured against
+float64 on Gaussian data, with and without outliers × 20: int16 1.5e-4 of the result's norm, where
+bfloat16 operands give 2.9e-3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from trimpot.kernels import native
+from trimpot.kernels.errors import KernelError
+
+TILE_ROWS = 14
+PANEL = 32
+GRADIENT_BLOCK = 256
+PROBES = 64
+"""Items of a weight that are looked at, to notice that it changed behind autograd's back."""
+
+
+@dataclass
+class Pack:
+    """One weight [N, K] as integers, for x Wᵀ and for dY W. 2 bytes an item."""
+
+    handle: Any
+    rows: int
+    depth: int
+    row_scale: torch.Tensor
+    gradient_limit: torch.Tensor
+    q: torch.Tensor
+
+
+@dataclass
+class Group:
+    """Packs of weights that share their input, hence the scaling of its columns."""
+
+    packs: list[Pack]
+    column_scale: torch.Tensor
+    limit: torch.Tensor
+    block: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(pack.q.numel() * 2 for pack in self.packs)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def pack_weights(weights: Sequence[torch.Tensor]) -> Group | None:
+    """Pack weights [N_j, K], float32 or bfloat16 → None where an item is not finite."""
+    extension = native.extension()
+    weights = [readable(weight) for weight in weights]
+    depth = weights[0].shape[1]
+    block = extension.gemm_block_length(depth)
+    blocks = _ceil(depth, block)
+    column_scale, limit = torch.empty(depth), torch.empty(blocks)
+    packs: list[Pack] = []
+    for weight in weights:
+        panels = _ceil(weight.shape[0], PANEL)
+        q = torch.empty(panels * blocks * block * PANEL, dtype=torch.int16)
+        row_scale = torch.empty(panels * PANEL)
+        gradient_limit = torch.empty(_ceil(panels * PANEL, GRADIENT_BLOCK))
+        parts = (q, row_scale, column_scale, limit, gradient_limit)
+        handle = extension.Pack(
+            weight.shape[0], depth, panels, block, blocks, *(part.data_ptr() for part in parts)
+        )
+        packs.append(Pack(handle, weight.shape[0], depth, row_scale, gradient_limit, q))
+    operands = [operand(weight) for weight in weights]
+    if not extension.gemm_pack([pack.handle for pack in packs], operands):
+        return None
+    return Group(packs, column_scale, limit, block)
+
+
+@dataclass
+class _Cached:
+    state: tuple[Any, ...]
+    group: Group | None = field(repr=False)
+
+
+_cache: Any = WeakIdKeyDictionary()
+"""{first weight of a group: _Cached}: a pack lives as long as the weight it was made from."""
+
+
+def packed(weights: Sequence[torch.Tensor]) -> Group | None:
+    """The pack of frozen weights, made once. Those that ZeRO-3 brings and takes are packed anew."""
+    if any(hasattr(weight, "ds_id") for weight in weights):
+        return pack_weights(weights)
+    state = tuple(_state(weight) for weight in weights)
+    found: _Cached | None = _cache.get(weights[0])
+    if found is None or found.state != state:
+        found = _Cached(state, pack_weights(weights))
+        _cache[weights[0]] = found
+    return found.group
+
+
+def _state(weight: torch.Tensor) -> tuple[Any, ...]:
+    """What changes when a weight does: its memory, its version, and some of its items.
+
+    A write through `.data` moves neither address nor version.
+    """
+    version = -1 if weight.is_inference() else weight._version
+    flat = weight.detach()
+    if weight.is_contiguous() and weight.numel():
+        flat = flat.view(-1)[:: max(1, weight.numel() // PROBES)]
+    seen = float(flat.double().sum())
+    return (weight.data_ptr(), version, tuple(weight.shape), weight.stride(), weight.dtype, seen)
+
+
+def readable(tensor: torch.Tensor) -> torch.Tensor:
+    """As the extension reads matrices: float32 or bfloat16, items of a row side by side."""
+    if tensor.device.type != "cpu":
+        raise KernelError(f"a tensor is on {tensor.device}; the cpp backend computes on the CPU")
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        tensor = tensor.float()
+    if tensor.shape[1] > 1 and tensor.stride(1) != 1 or tensor.stride(0) < tensor.shape[1]:
+        tensor = tensor.contiguous()  # an expanded matrix has rows at distance 0
+    return tensor.detach()
+
+
+def single(tensor: torch.Tensor) -> torch.Tensor:
+    """The same in float32."""
+    return readable(tensor.float())
+
+
+def operand(matrix: torch.Tensor) -> tuple[int, int, bool]:
+    """(address, items from row to row, whether bfloat16) of a readable matrix."""
+    return matrix.data_ptr(), matrix.stride(0), matrix.dtype == torch.bfloat16
+
+
+@dataclass
+class Rows:
+    """A left operand as integers: x times the columns' scales, scaled row by row."""
+
+    handle: Any
+    limits: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
+
+
+def quantise(x: torch.Tensor, factor: torch.Tensor, limits: torch.Tensor, block: int) -> Rows:
+    """x [M, width] · factor [≥ width], in blocks of `block` whose norms keep to `limits`."""
+    rows, width = x.shape
+    padded, blocks = _ceil(rows, TILE_ROWS) * TILE_ROWS, _ceil(width, block)
+    q = torch.empty(blocks * padded * block, dtype=torch.int16)
+    scale = torch.empty(blocks * padded)
+    extension = native.extension()
+    handle = extension.Rows(rows, padded, block, blocks, q.data_ptr(), scale.data_ptr())
+    address, stride, bf16 = operand(x)
+    extension.gemm_quantise(
+        address, stride, bf16, width, factor.data_ptr(), limits.data_ptr(), handle
+    )
+    return Rows(handle, limits, (q, scale))
+
+
+def quantise_input(x: torch.Tensor, group: Group) -> Rows:
+    """x [M, K], for `forward` with any pack of the group."""
+    return quantise(x, group.column_scale, group.limit, group.block)
+
+
+def quantise_gradient(dy: torch.Tensor, pack: Pack) -> Rows:
+    """dY [M, N], for `gradient` with this pack."""
+    return quantise(dy, pack.row_scale, pack.gradient_limit, GRADIENT_BLOCK)
+
+
+@dataclass
+class Update:
+    """A low-rank part of a result, added in fp32 while its tile is in registers.
+
+    left [M, R]; right: of `forward` as `panels` makes it, of `gradient` [R, K].
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def arguments(self) -> tuple[int, int, int, int]:
+        return (
+            self.left.data_ptr(),
+            self.left.stride(0),
+            self.right.data_ptr(),
+            self.left.shape[1],
+        )
+
+
+NO_UPDATE = (0, 0, 0, 0)
+
+
+def panels(b_NR: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale · B [N, R] as [⌈N/32⌉, R, 32], zeros past N."""
+    rows, rank = b_NR.shape
+    count = _ceil(rows, PANEL)
+    padded = torch.zeros(count * PANEL, rank)
+    torch.mul(b_NR, scale, out=padded[:rows])
+    return padded.view(count, PANEL, rank).transpose(1, 2).contiguous()
+
+
+def forward(
+    x: Rows, pack: Pack, out: torch.Tensor, bias: torch.Tensor | None, update: Update | None
+) -> None:
+    """out [M, N] = x Wᵀ + bias + update."""
+    native.extension().gemm_forward(
+        x.handle,
+        pack.handle,
+        out.data_ptr(),
+        out.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        *(update.arguments() if update else NO_UPDATE),
+    )
+
+
+def gradient(dy: Rows, pack: Pack, out: torch.Tensor, add: bool, update: Update | None) -> None:
+    """out [M, K] (+)= dY W + update."""
+    native.extension().gemm_gradient(
+        dy.handle,
+        pack.handle,
+        out.data_ptr(),
+        out.stride(0),
+        add,
+        *(update.arguments() if update else NO_UPDATE),
+    )
+
+
+def skinny(x: Rows, right_RK: torch.Tensor, group: Group, out: torch.Tensor) -> None:
+    """out [M, R] = x Aᵀ of the x that was quantised, A [R, K] float32."""
+    rank, depth = right_RK.shape
+    _skinny(x, right_RK, 1, depth, group.column_scale, depth, rank, out, 1.0)
+
+
+def skinny_gradient(
+    dy: Rows, b_NR: torch.Tensor, pack: Pack, scale: float, out: torch.Tensor
+) -> None:
+    """out [M, R] = scale · dY B of the dY that was quantised, B [N, R] float32."""
+    depth, rank = b_NR.shape
+    _skinny(dy, b_NR, rank, 1, pack.row_scale, depth, rank, out, scale)
+
+
+def _skinny(
+    x: Rows,
+    data: torch.Tensor,
+    row: int,
+    column: int,
+    divisor: torch.Tensor,
+    depth: int,
+    rank: int,
+    out: torch.Tensor,
+    factor: float,
+) -> None:
+    native.extension().gemm_skinny(
+        x.handle,
+        x.limits.data_ptr(),
+        data.data_ptr(),
+        row,
+        column,
+        divisor.data_ptr(),
+        depth,
+        rank,
+        out.data_ptr(),
+        out.stride(0),
+        factor,
+    )
+
+
+def forward_fp32(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    update: Update | None,
+) -> None:
+    """out [M, N] = x Wᵀ + bias + update; x float32, W float32 or bfloat16."""
+    native.extension().gemm_forward_fp32(
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[0],
+        *operand(weight),
+        *weight.shape,
+        out.data_ptr(),
+        out.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        *(update.arguments() if update else NO_UPDATE),
+    )
+
+
+def gradient_fp32(
+    dy: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool, update: Update | None
+) -> None:
+    """out [M, K] (+)= dY W + update; dY float32, W float32 or bfloat16."""
+    native.extension().gemm_gradient_fp32(
+        dy.data_ptr(),
+        dy.stride(0),
+        dy.shape[0],
+        *operand(weight),
+        *weight.shape,
+        out.data_ptr(),
+        out.stride(0),
+        add,
+        *(update.arguments() if update else NO_UPDATE),
+    )
+
+
+def outer(a: torch.Tensor, b: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """factor · aᵀ b → [p, n], of a [M, p] and b [M, n], both float32."""
+    out = torch.empty(a.shape[1], b.shape[1])
+    native.extension().gemm_outer(
+        a.data_ptr(),
+        a.stride(0),
+        b.data_ptr(),
+        b.stride(0),
+        a.shape[0],
+        a.shape[1],
+        b.shape[1],
+        out.data_ptr(),
+        out.stride(0),
+        factor,
+    )
+    return out
+
+
+def dropped(x: torch.Tensor, first_row: int, seed: int, p: float) -> torch.Tensor:
+    """D · x for rows [first_row, …) of the whole input; see kernels/ops/philox.py."""
+    out = torch.empty(x.shape)
+    native.extension().dropout(
+        x.data_ptr(),
+        x.stride(0),
+        *x.shape,
+        first_row,
+        seed % 2**64,
+        min(2**32 - 1, round((1 - p) * 2**32)),
+        1 / (1 - p),
+        out.data_ptr(),
+    )
+    return out
