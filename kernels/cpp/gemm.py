@@ -120,7 +120,7 @@ def readable(tensor: torch.Tensor) -> torch.Tensor:
         raise KernelError(f"a tensor is on {tensor.device}; the cpp backend computes on the CPU")
     if tensor.dtype not in (torch.float32, torch.bfloat16):
         tensor = tensor.float()
-    if tensor.shape[1] > 1 and tensor.stride(1) != 1 or tensor.stride(0) < tensor.shape[1]:
+    if (tensor.shape[1] > 1 and tensor.stride(1) != 1) or tensor.stride(0) < tensor.shape[1]:
         tensor = tensor.contiguous()  # an expanded matrix has rows at distance 0
     return tensor.detach()
 
