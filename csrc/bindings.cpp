@@ -19,7 +19,7 @@ namespace {
 
 // Rises with every change of a signature, together with INTERFACE in kernels/native.py: an
 // extension left over from another checkout is then refused by name instead of failing oddly.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 template <typename T>
 struct Vector {
@@ -98,4 +98,5 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.def("hash_documents", &hash_documents, py::arg("tokens"), py::arg("offsets"), py::arg("seed"),
           py::arg("hashes"), py::arg("variant"));
     trimpot::bind_gemm(m);
+    trimpot::bind_elementwise(m);
 }

@@ -15,3 +15,116 @@ def hash_documents(
     hashes: NDArray[np.uint64],
     variant: str,
 ) -> None: ...
+
+# Elementwise kernels, csrc/elementwise_bindings.cpp. Addresses: torch's data_ptr(), 0 for none.
+# Strides in items. type: kernels/cpp/tensors.py.
+rope_widest: int
+
+def elementwise_isa(name: str | None = None) -> str: ...
+def norm_forward(
+    type: int,
+    x: int,
+    x_stride: int,
+    residual: int,
+    residual_stride: int,
+    weight: int,
+    y: int,
+    s: int,
+    rstd: int,
+    rows: int,
+    columns: int,
+    eps: float,
+    offset: float,
+) -> None: ...
+def norm_backward(
+    type: int,
+    dy: int,
+    dy_stride: int,
+    ds: int,
+    ds_stride: int,
+    s: int,
+    s_stride: int,
+    weight: int,
+    rstd: int,
+    dx: int,
+    partials: int,
+    dw: int,
+    blocks: int,
+    rows: int,
+    columns: int,
+    offset: float,
+) -> None: ...
+def glu_forward(
+    type: int,
+    gelu: bool,
+    gate: int,
+    gate_stride: int,
+    up: int,
+    up_stride: int,
+    y: int,
+    rows: int,
+    columns: int,
+) -> None: ...
+def glu_backward(
+    type: int,
+    gelu: bool,
+    dy: int,
+    dy_stride: int,
+    gate: int,
+    gate_stride: int,
+    up: int,
+    up_stride: int,
+    dgate: int,
+    dup: int,
+    rows: int,
+    columns: int,
+) -> None: ...
+
+_Strided = tuple[int, int, int, int]  # address, strides of batch, token, head
+_Side = tuple[int, _Strided, int, int, int, _Strided, int, int]  # see csrc/rope.h
+
+def rope(
+    back: bool,
+    type: int,
+    angles: tuple[int, int, int, int, int, int, int],  # type, cos, strides, sin, strides
+    sizes: tuple[int, int, int, int],  # batch, length, width, half
+    blocks: int,
+    eps: float,
+    offset: float,
+    q: _Side,
+    k: _Side,
+) -> None: ...
+def adamw_step(
+    param: int,
+    grad: int,
+    grad_type: int,
+    exp_avg: int,
+    exp_avg_sq: int,
+    copy: int,
+    copy_type: int,
+    count: int,
+    grad_scale: float,
+    keep: float,
+    beta1: float,
+    rest1: float,
+    beta2: float,
+    rest2: float,
+    rate: float,
+    correction: float,
+    eps: float,
+) -> None: ...
+def softmax_loss(
+    logits: int,
+    rows: int,
+    columns: int,
+    stride: int,
+    labels: int,
+    weights: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    loss: int,
+    lse: int,
+    gradient: bool,
+) -> None: ...

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-INTERFACE = 2
+INTERFACE = 3
 """Rises together with kInterface in csrc/bindings.cpp, at every change of a signature."""
 
 _NAME = "trimpot.kernels._native"
@@ -73,7 +73,7 @@ def _one_line(error: Exception) -> str:
 
 
 def extension() -> Any:
-    """The module itself, for the modules in `kernels/cpp/`. Raises BackendError where it is shut."""
+    """The module itself, for those in `kernels/cpp/`. Raises BackendError where it is shut."""
     now = state()
     if not now.available:
         raise BackendError(f"native kernels can't run: {now.why}; use the torch backend")
@@ -99,3 +99,29 @@ def hash_documents(
     module = extension()
     chosen = state().hash_variants[0] if variant is None else variant
     module.hash_documents(tokens, offsets, seed, hashes, chosen)
+
+
+def softmax_loss(
+    logits: int,
+    rows: int,
+    columns: int,
+    stride: int,
+    labels: int,
+    weights: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    loss: int,
+    lse: int,
+    gradient: bool,
+) -> None:
+    """Cross-entropy of float32 logits [rows, columns], and its gradient in their place.
+
+    Addresses: logits, labels (int64), weights (float32, 0: ones), loss and lse (float32, a row
+    each). Formulas in csrc/softmax.h. Without `gradient` the logits stay, but soft-capped.
+    """
+    extension().softmax_loss(
+        logits, rows, columns, stride, labels, weights, ignore_index, label_smoothing, z_loss,
+        softcap, loss, lse, gradient,
+    )  # fmt: skip

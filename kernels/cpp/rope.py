@@ -70,9 +70,10 @@ def backward(
         sums = address(partials), dw.data_ptr()
         sides.append((dy.shape[2], side, out.data_ptr(), *weights, saved, *sums))
         outs.append(out)
-        dws.append(dw.to(dy.dtype if weight is None else weight.dtype))
+        dws.append(dw)
     _run(True, kind, cos, sin, dq, blocks, 0.0, offset, sides)
-    return *outs, *dws
+    types = (dq.dtype if weight is None else weight.dtype for weight in (q_weight, k_weight))
+    return *outs, *(dw.to(dtype) for dw, dtype in zip(dws, types, strict=True))
 
 
 def _heads(x: torch.Tensor) -> tuple[tuple[int, int, int, int], torch.Tensor]:

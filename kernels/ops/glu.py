@@ -41,9 +41,10 @@ def backward(
     gelu: bool, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dy, g, u = _wide(dy), _wide(gate), _wide(up)
-    sigma = torch.sigmoid(_argument(gelu, g))
+    v = _argument(gelu, g)
+    sigma, rest = torch.sigmoid(v), torch.sigmoid(-v)  # 1 − σ would lose the digits of a small rest
     dup = dy * (g * sigma)
-    dgate = dy * u * (sigma * (1 + g * (1 - sigma) * _slope(gelu, g)))
+    dgate = dy * u * (sigma * (1 + g * rest * _slope(gelu, g)))
     return dgate.to(gate.dtype), dup.to(up.dtype)
 
 

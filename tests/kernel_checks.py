@@ -1,0 +1,101 @@
+"""How tensor ops are checked: the 2x rule against float64, and bits that never differ."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+
+from trimpot.kernels import native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ISAS = ("generic", "avx2", "avx512")
+STATE = native.state()
+needs_extension = pytest.mark.skipif(not STATE.available, reason=STATE.why)
+
+Tensors = Sequence[torch.Tensor]
+
+
+def max_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    assert got.shape == exact.shape
+    return (got.double() - exact.double()).abs().max().item() if got.numel() else 0.0
+
+
+def tiny(dtype: torch.dtype, exact: torch.Tensor) -> float:
+    """Half a unit in the last place of the largest item: what rounding alone costs."""
+    return torch.finfo(dtype).eps / 2 * (exact.abs().max().item() if exact.numel() else 0.0)
+
+
+def assert_twice(got: Tensors, plain: Tensors, exact: Tensors) -> None:
+    """Each error against float64 is at most twice that of plain torch in the same type."""
+    for i, (g, p, e) in enumerate(zip(got, plain, exact, strict=True)):
+        allowed = 2 * max_error(p, e) + tiny(g.dtype, e)
+        assert g.dtype == p.dtype
+        assert max_error(g, e) <= allowed, f"result {i}: {max_error(g, e)} > {allowed}"
+
+
+def assert_same_bits(a: Tensors, b: Tensors) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+        assert torch.equal(x.contiguous().view(kind), y.contiguous().view(kind))
+
+
+def assert_same_specials(got: Tensors, want: Tensors) -> None:
+    """NaN, inf and −inf stand where they do in `want`."""
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g.isnan(), w.isnan())
+        assert torch.equal(g.isposinf(), w.isposinf())
+        assert torch.equal(g.isneginf(), w.isneginf())
+
+
+def with_gradients(
+    function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
+    inputs: Sequence[torch.Tensor | None],
+    upstream: Tensors,
+) -> list[torch.Tensor]:
+    """Outputs of `function(*inputs)`, then the gradients of the inputs that are there."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = outputs[: len(upstream)]
+    wanted = [x for x in leaves if x is not None]
+    grads = torch.autograd.grad(
+        outputs, wanted, [u.to(y.dtype) for u, y in zip(upstream, outputs, strict=True)]
+    )
+    return [*(y.detach() for y in outputs), *grads]
+
+
+@contextlib.contextmanager
+def isa(name: str) -> Iterator[None]:
+    """The elementwise kernels of that instruction set; skips where the machine lacks it."""
+    extension = native.extension()
+    before = extension.elementwise_isa()
+    try:
+        if extension.elementwise_isa(name) != name:
+            pytest.skip(f"this machine has no {name}")
+        yield
+    finally:
+        extension.elementwise_isa(before)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_steady(run: Callable[[], Tensors]) -> None:
+    """The same bits on a second run, and with 1, 2 and 3 threads."""
+    with threads(1):
+        first = run()
+        assert_same_bits(run(), first)
+    for count in (2, 3):
+        with threads(count):
+            assert_same_bits(run(), first)
