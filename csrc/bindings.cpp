@@ -19,7 +19,7 @@ namespace {
 
 // Rises with every change of a signature, together with INTERFACE in kernels/native.py: an
 // extension left over from another checkout is then refused by name instead of failing oddly.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 template <typename T>
 struct Vector {

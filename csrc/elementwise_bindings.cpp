@@ -148,7 +148,7 @@ void adamw_step(Address param, Address grad, int grad_type, Address exp_avg, Add
     optim_table().adamw(call);
 }
 
-void softmax_loss(Address logits, Int rows, Int columns, Int stride, Address labels,
+void softmax_loss(Address logits, Int stride, Int rows, Int columns, Address labels,
                   Address weights, Int ignore_index, float label_smoothing, float z_loss,
                   float softcap, Address loss, Address lse, bool gradient) {
     const SoftmaxLoss call{

@@ -115,9 +115,9 @@ def adamw_step(
 ) -> None: ...
 def softmax_loss(
     logits: int,
+    stride: int,
     rows: int,
     columns: int,
-    stride: int,
     labels: int,
     weights: int,
     ignore_index: int,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-INTERFACE = 3
+INTERFACE = 4
 """Rises together with kInterface in csrc/bindings.cpp, at every change of a signature."""
 
 _NAME = "trimpot.kernels._native"
@@ -103,9 +103,9 @@ def hash_documents(
 
 def softmax_loss(
     logits: int,
+    stride: int,
     rows: int,
     columns: int,
-    stride: int,
     labels: int,
     weights: int,
     ignore_index: int,
@@ -122,6 +122,6 @@ def softmax_loss(
     each). Formulas in csrc/softmax.h. Without `gradient` the logits stay, but soft-capped.
     """
     extension().softmax_loss(
-        logits, rows, columns, stride, labels, weights, ignore_index, label_smoothing, z_loss,
+        logits, stride, rows, columns, labels, weights, ignore_index, label_smoothing, z_loss,
         softcap, loss, lse, gradient,
     )  # fmt: skip
