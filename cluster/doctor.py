@@ -62,7 +62,10 @@ def examine() -> Facts:
             "why": state.why,
             "isa": list(state.hash_variants),
         },
-        "ops": [{"op": c.op, "backend": c.backend, "why": c.why} for c in dispatch.table()],
+        "ops": [
+            {"op": c.op, "backend": c.backend, "why": c.why}
+            for c in dispatch.table("cuda" if gpus else "cpu")
+        ],
         "tools": {"c++": _compiler(), "nvcc": shutil.which("nvcc")},
         "ray": ray_environment(os.environ),
         "hf_offline": _truthy(os.environ.get("HF_HUB_OFFLINE")),

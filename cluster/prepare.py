@@ -15,7 +15,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from trimpot.kernels.dispatch import choose
 from trimpot.runner.config import Config
 from trimpot.runner.data.compile import Compiled, compile_splits
 from trimpot.runner.data.cursor import steps_in
@@ -80,7 +79,6 @@ def prepare_run(config: Config, fleet: Fleet, fresh: bool) -> Prepared:
     plan = plan.replace(
         model_path=str(folder) if Path(config.model.path).exists() else config.model.path,
         total_steps=config.optim.max_steps or _epoch_steps(config, train),
-        kernels={op: {"backend": c.backend, "why": c.why} for op, c in _kernels().items()},
     )
     if config.optim.warmup_steps >= (plan.total_steps or 0):
         raise PlanError(
@@ -91,10 +89,6 @@ def prepare_run(config: Config, fleet: Fleet, fresh: bool) -> Prepared:
         clear_run(run)
     write_text(run / "plan.json", plan_to_json(plan))
     return Prepared(plan, _notes(config, train, held_out))
-
-
-def _kernels() -> dict[str, Any]:
-    return {op: choose(op) for op in ("pack", "content_hash")}
 
 
 def _epoch_steps(config: Config, train: Compiled) -> int:

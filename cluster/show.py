@@ -31,6 +31,7 @@ def plan_values(plan: Plan, fleet: Fleet) -> dict[str, Any]:
             "total": memory.total,
             "available": fleet.memory_bytes or None,
         },
+        "kernels": plan.kernels,
         "digest": plan.digest,
     }
 
@@ -49,5 +50,10 @@ def plan_table(plan: Plan, fleet: Fleet) -> Table:
     for part in ("weights", "gradients", "optimizer", "activations", "logits"):
         table.add_row(part, f"{memory[part] / 2**20:10,.1f} MiB")
     have = f" of {memory['available'] / 2**20:,.1f}" if memory["available"] else ""
+    backends: dict[str, list[str]] = {}
+    for op, choice in plan.kernels.items():
+        backends.setdefault(choice["backend"], []).append(op)
+    for backend, ops in sorted(backends.items()):
+        table.add_row(f"on {backend}", ", ".join(ops))
     table.add_row("predicted", f"{memory['total'] / 2**20:10,.1f} MiB per worker{have}")
     return table

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -181,6 +182,38 @@ class FleetSection(Section):
     """Interface the workers talk over (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)."""
 
 
+def _off(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
+KernelBackend = Annotated[Literal["auto", "torch", "cpp", "triton", "off"], BeforeValidator(_off)]
+
+
+class KernelsSection(Section):
+    default: KernelBackend = "auto"
+    """For every op without a word of its own. auto: triton on GPUs, C++ on CPUs, else torch; off
+    leaves the model's own code in place. One that is asked for and can't run is an error."""
+    lora_linear: KernelBackend | None = None
+    """Adapted layers: base product, update and dropout; q, k, v and gate, up as one."""
+    linear_cross_entropy: KernelBackend | None = None
+    """Head and loss, a chunk of tokens at a time: the logits are never whole."""
+    add_rms_norm: KernelBackend | None = None
+    """Residual add and RMS norm."""
+    rope: KernelBackend | None = None
+    """Rotary embedding of q and k, with their norms where the model has them."""
+    swiglu: KernelBackend | None = None
+    """silu(gate) · up."""
+    geglu: KernelBackend | None = None
+    """gelu(gate) · up."""
+    adamw_step: KernelBackend | None = None
+    """The optimizer's update, in one pass over memory."""
+    cpu_gemm: Literal["auto", "fp32", "int16"] = "auto"
+    """Arithmetic of products with frozen weights on CPUs: fp32, or int16 in block fixed point
+    (error 1.5e-4 of the result, where bf16 has 2.9e-3). auto: fp32 under precision fp32, else the
+    fastest that errs at most half as much as bf16."""
+
+
 class CheckpointSection(Section):
     every_steps: Positive = 100
     """Optimizer steps between checkpoints; the last step always has one."""
@@ -236,6 +269,8 @@ class Config(Section):
     """How it is trained."""
     fleet: FleetSection = FleetSection()
     """Where it is trained."""
+    kernels: KernelsSection = KernelsSection()
+    """What its operations run on."""
     checkpoint: CheckpointSection = CheckpointSection()
     """When it is saved."""
     evaluation: EvaluationSection = EvaluationSection()

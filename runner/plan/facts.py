@@ -33,6 +33,8 @@ class ModelFacts:
     vocab: int
     max_positions: int
     shapes: dict[str, tuple[int, ...]]
+    activation: str = ""
+    """Of its feed-forward layers, as config.json names it."""
 
     @property
     def largest_layer(self) -> int:
@@ -111,7 +113,14 @@ def facts_from(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], name:
         vocab=first("vocab_size"),
         max_positions=first("max_position_embeddings", "n_positions", default=1 << 30),
         shapes=shapes,
+        activation=_activation(text),
     )
+
+
+def _activation(config: dict[str, Any]) -> str:
+    given = config.get("hidden_activation") or config.get("hidden_act")
+    usual = "gelu_pytorch_tanh" if "gemma" in str(config.get("model_type")) else "silu"
+    return str(given or usual)
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

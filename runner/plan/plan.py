@@ -11,6 +11,7 @@ from typing import Any
 from trimpot.runner.config import Config, check_config
 from trimpot.runner.errors import PlanError
 from trimpot.runner.plan.facts import ModelFacts
+from trimpot.runner.plan.kernels import choose_kernels
 from trimpot.runner.plan.memory import Arrangement, predict_memory
 from trimpot.runner.types import Fleet, Memory, Plan
 
@@ -41,6 +42,7 @@ def make_plan(config: Config, fleet: Fleet, facts: ModelFacts, run_dir: str) -> 
         gradient_accumulation_steps=config.optim.batch_size // (world * micro),
         total_steps=config.optim.max_steps,
         zero=zero_section(config, stage),
+        kernels=choose_kernels(config, fleet, facts),
         memory=memory,
     )
 

@@ -67,7 +67,7 @@ def test_the_plain_definition_can_be_asked_for() -> None:
         ("pack", "cuda", "pack has no backend 'cuda'; it has native, torch, or auto"),
         ("pack", "", "pack has no backend ''"),
         ("pakc", "auto", "there is no op 'pakc'; did you mean pack?"),
-        ("zzz", "auto", "there is no op 'zzz'; there are content_hash, pack"),
+        ("zzz", "auto", "there is no op 'zzz'; there are adamw_step, add_rms_norm, content_hash"),
         ("zzz", "native", "there is no op 'zzz'"),
     ],
 )
@@ -118,6 +118,58 @@ def test_the_table_has_one_choice_for_each_op() -> None:
     rows = dispatch.table()
     assert [row.op for row in rows] == dispatch.available_ops()
     assert all(row == choose(row.op) for row in rows)
+
+
+@needs_extension
+def test_tensor_ops_go_by_device_and_type() -> None:
+    low = choose("add_rms_norm", device="cpu", dtype="bfloat16")
+    assert (low.backend, low.why[:3]) == ("cpp", "C++")
+    double = choose("add_rms_norm", device="cpu", dtype="float64")
+    assert double.backend == "torch"
+    assert double.why == (
+        "plain definition; no triton: tensors are on the CPU; no cpp: tensors are float64"
+    )
+    with pytest.raises(BackendError, match="rope: triton was asked for and can't run: tensors are"):
+        choose("rope", "triton", device="cpu")
+    with pytest.raises(BackendError, match="swiglu: cpp was asked for and can't run: tensors are "):
+        choose("swiglu", "cpp", device="cuda")
+
+
+def test_triton_is_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent: set[str] = set()
+
+    def find_spec(name: str) -> str | None:
+        return None if name in absent else name
+
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", find_spec)
+    gpu = {"device": "cuda", "dtype": "bfloat16"}
+    assert choose("rope", **gpu) == Choice("rope", "triton", "Triton")
+    assert choose("rope", device="cuda", dtype="float64").backend == "torch"
+    absent.add("trimpot.kernels.triton.rope")
+    assert "no triton: rope has no Triton kernel yet" in choose("rope", **gpu).why
+    assert choose("swiglu", **gpu).backend == "triton"
+    absent.add("triton")
+    assert "no triton: triton is not installed" in choose("swiglu", **gpu).why
+    with pytest.raises(BackendError, match="triton was asked for and can't run: triton is not ins"):
+        choose("swiglu", "triton", **gpu)
+
+
+@needs_extension
+@pytest.mark.parametrize("op", ["lora_linear", "linear_cross_entropy", "token_logprobs"])
+def test_products_carry_their_arithmetic(op: str) -> None:
+    def backend(dtype: str, gemm: str) -> str:
+        return choose(op, dtype=dtype, gemm=gemm).backend
+
+    assert backend("float32", "auto") == backend("bfloat16", "auto") == "cpp"
+    assert backend("float32", "int16") == backend("bfloat16", "int16") == "cpp:int16"
+    assert backend("bfloat16", "fp32") == "cpp:fp32"
+    assert choose(op, "cpp", gemm="int16").backend == "cpp:int16"
+    assert choose("rope", gemm="int16").backend == "cpp"
+    # fp32 is a promise; low precision is told its error, where the processor is fast at it.
+    assert "int16" not in choose(op, dtype="float32").why
+    fast = native.extension().gemm_fast_int16()
+    assert ("int16 (error 1.5e-4, bf16: 2.9e-3)" in choose(op, dtype="bfloat16").why) == fast
+    assert ("under bf16 int16" in choose(op).why) == fast
 
 
 @pytest.mark.parametrize("kind", [KernelError, BackendError])

@@ -40,6 +40,15 @@ def test_a_rate_however_it_is_written(text: str, run_yaml: Path) -> None:
     assert loaded.optim.learning_rate == float(text) == loaded.adapter.lora_alpha
 
 
+def test_off_is_a_backend_though_yaml_calls_it_false(run_yaml: Path) -> None:
+    run_yaml.write_text(f"{run_yaml.read_text()}\nkernels: {{default: off, rope: auto}}\n")
+    loaded = load_config(run_yaml, ["kernels.swiglu=off"])
+    assert (loaded.kernels.default, loaded.kernels.swiglu) == ("off", "off")
+    assert (loaded.kernels.rope, loaded.kernels.geglu) == ("auto", None)
+    with pytest.raises(ConfigError, match=r"kernels\.default is true: input should be"):
+        load_config(run_yaml, ["kernels.default=on"])
+
+
 @pytest.mark.parametrize("text", ["5e", "e-4", "5e-4x", "1e1e1", "one"])
 def test_what_is_no_number_is_refused(text: str, run_yaml: Path) -> None:
     with pytest.raises(ConfigError, match="learning_rate"):

@@ -3,6 +3,7 @@ trying them all."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ import toy
 from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trimpot.kernels import native
+from trimpot.kernels.errors import BackendError
 from trimpot.runner.adapters.lora import add_lora
 from trimpot.runner.config import Config, all_keys, check_config
 from trimpot.runner.errors import ModelError, PlanError
@@ -290,10 +293,13 @@ def test_a_plan_survives_its_journey(facts: ModelFacts) -> None:
     assert arrived.zero["offload_optimizer"] == {"device": "cpu"}
 
 
+KERNELS = {k for k in all_keys() if k.startswith("kernels.") and k != "kernels.cpu_gemm"}
+"""Backends differ by rounding, as world sizes do; arithmetics differ by more."""
 NO_NUMBERS = {
     "model.path", "data.train", "data.eval", "output_dir", "optim.micro_batch_size",
     *(key for key in all_keys() if key.split(".")[0] in
       ("fleet", "checkpoint", "evaluation", "samples", "tracking")),
+    *KERNELS,
 }  # fmt: skip
 OTHER: dict[str, Any] = {
     "model.path": "/n", "model.revision": "v2", "model.attention": "eager",
@@ -308,6 +314,8 @@ OTHER: dict[str, Any] = {
     "optim.learning_rate": 0.5, "optim.warmup_steps": 5, "fleet.zero_stage": 2,
     "fleet.gpus_per_worker": 0, "fleet.price_per_hour": 3.5, "fleet.offload_optimizer": True,
     "fleet.preemptible": True, "tracking.sinks": ["wandb"],
+    "kernels.cpu_gemm": "int16",
+    **dict.fromkeys(KERNELS, "torch"),
 }  # fmt: skip
 """Another value for each key. Names that are not here get "x", counts 3."""
 
@@ -329,6 +337,55 @@ def test_the_digest_knows_what_decides_the_numbers(key: str, facts: ModelFacts) 
     assert (before.digest == after.digest) == (key in NO_NUMBERS)
     elsewhere = before.replace(run_dir="/q", world_size=8, micro_batch_size=2, zero={"stage": 3})
     assert elsewhere.digest == before.digest
+
+
+# --- kernels
+
+
+def kernels(facts: ModelFacts, fleet: Fleet | None = None, **sections: Any) -> dict[str, str]:
+    plan = make_plan(
+        run(data={"train": "t", "max_length": 32}, **sections), fleet or Fleet(), facts, "/r"
+    )
+    assert all(set(choice) == {"backend", "why"} for choice in plan.kernels.values())
+    return {op: choice["backend"] for op, choice in plan.kernels.items()}
+
+
+def test_kernels_are_those_that_the_run_uses(facts: ModelFacts) -> None:
+    lora = kernels(facts)
+    assert sorted(lora) == [
+        "adamw_step", "add_rms_norm", "content_hash", "linear_cross_entropy", "lora_linear",
+        "pack", "rope", "swiglu",
+    ]  # fmt: skip
+    assert "lora_linear" not in kernels(facts, method="full")
+    gemma = dataclasses.replace(facts, activation="gelu_pytorch_tanh")
+    assert {"geglu", "swiglu"} & kernels(gemma).keys() == {"geglu"}
+    other = dataclasses.replace(facts, activation="relu2")
+    assert not {"geglu", "swiglu"} & kernels(other).keys()
+
+
+def test_a_word_for_one_op_goes_before_the_default(facts: ModelFacts) -> None:
+    chosen = kernels(facts, kernels={"default": "torch", "rope": "off"})
+    tensors = {op: backend for op, backend in chosen.items() if op not in ("pack", "content_hash")}
+    assert tensors.pop("rope") == "off"
+    assert set(tensors.values()) == {"torch"}
+
+
+@pytest.mark.skipif(not native.state().available, reason=native.state().why)
+def test_arithmetic_goes_by_precision_and_cpu_gemm(facts: ModelFacts) -> None:
+    assert kernels(facts, precision="fp32")["lora_linear"] == "cpp"
+    assert kernels(facts, precision="bf16")["lora_linear"] == "cpp"
+    forced = kernels(facts, precision="fp32", kernels={"cpu_gemm": "int16"})
+    assert forced["lora_linear"] == forced["linear_cross_entropy"] == "cpp:int16"
+    assert forced["rope"] == forced["adamw_step"] == "cpp"
+
+
+def test_a_backend_that_cant_run_ends_the_plan(facts: ModelFacts) -> None:
+    with pytest.raises(BackendError, match="rope: triton was asked for and can't run: tensors are"):
+        kernels(facts, kernels={"rope": "triton"})
+    gpus = Fleet(gpus_per_node=1, memory_bytes=2**34)
+    with pytest.raises(BackendError, match="cpp was asked for and can't run"):
+        kernels(facts, gpus, kernels={"default": "cpp"})
+    assert BackendError.exit_code == 2
 
 
 # --- files

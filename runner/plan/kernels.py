@@ -1,0 +1,52 @@
+"""Which backend each op of a run takes: chosen once, before the launch, with its reason."""
+
+from __future__ import annotations
+
+from trimpot.kernels.dispatch import AUTO, choose
+from trimpot.runner.config import Config
+from trimpot.runner.plan.facts import ModelFacts
+from trimpot.runner.types import Fleet
+
+OFF = "off"
+GATED = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu_pytorch_tanh": "geglu",
+    "gelu_python_tanh": "geglu",
+    "gelu_new": "geglu",
+}
+"""{transformers' name of an activation: the op that gates with it}."""
+DATA_OPS = ("content_hash", "pack")
+"""What the tokens went through on their way; no choice of the user's."""
+
+
+def choose_kernels(config: Config, fleet: Fleet, facts: ModelFacts) -> dict[str, dict[str, str]]:
+    """{op: {"backend", "why"}} for what the run uses. Raises BackendError (exit code 2) where a
+    backend was asked for that can't run."""
+    section = config.kernels
+    device = "cuda" if fleet.gpus_per_node else "cpu"
+    dtype = "bfloat16" if config.precision == "bf16" else "float32"
+    chosen: dict[str, dict[str, str]] = {}
+    for op in ops_of(config, facts):
+        wanted = getattr(section, op) or section.default
+        if wanted == OFF:
+            chosen[op] = {"backend": OFF, "why": "asked for; transformers' own code"}
+            continue
+        known = {"device": device, "dtype": dtype, "gemm": section.cpu_gemm}
+        if op == "adamw_step":  # its state is fp32, whatever the model's type, and may live apart
+            known["dtype"] = "float32"
+            known["device"] = "cpu" if config.fleet.offload_optimizer else device
+        choice = choose(op, wanted, **known)
+        chosen[op] = {"backend": choice.backend, "why": choice.why}
+    for op in DATA_OPS:
+        choice = choose(op, AUTO)
+        chosen[op] = {"backend": choice.backend, "why": choice.why}
+    return chosen
+
+
+def ops_of(config: Config, facts: ModelFacts) -> list[str]:
+    """Ops of a training step. Whether the model has room for each is seen when it is built."""
+    ops = ["add_rms_norm", "rope", "linear_cross_entropy", "adamw_step"]
+    ops += [GATED[facts.activation]] if facts.activation in GATED else []
+    ops += ["lora_linear"] if config.method == "lora" else []
+    return sorted(ops)
