@@ -10,8 +10,14 @@ namespace {
 
 constexpr int64_t kBlock = 4096;  // items of a partial sum: 4 kWidth lanes of 64 to 256 terms
 
-// Largest item; with a soft cap of the capped ones, which are stored. NaN may be passed over: it
-// shows in the sum.
+// With a soft cap c a row holds t = tanh(z/c) from the first pass on, so that 1 − t² is that of the
+// tanh and not of a rounded product; its logits are c·t.
+template <bool kCap>
+inline Floats logit(Floats x, float cap) {
+    return kCap ? x * cap : x;
+}
+
+// Largest logit. NaN may be passed over: it shows in the sum.
 template <bool kCap>
 float cap_and_largest(float* z, int64_t columns, float cap) {
     const float infinity = __builtin_inff();
@@ -19,24 +25,24 @@ float cap_and_largest(float* z, int64_t columns, float cap) {
     sweep(columns, [&](int64_t i, int64_t n) TRIMPOT_INLINE {
         Floats v = load<Float>(z + i, n);
         if constexpr (kCap) {
-            v = tanh(v / cap) * cap;
+            v = tanh(v / cap);
             store<Float>(z + i, v, n);
         }
         for (int64_t lane = n; lane < kWidth; ++lane) v[lane] = -infinity;
         most = larger(v, most);
     });
-    return largest(most);
+    return kCap ? largest(most) * cap : largest(most);
 }
 
 // Σ e^(z − most); kKeep: the exponentials take the place of z.
-template <bool kKeep>
-float sum_of_exp(float* z, int64_t columns, float most) {
+template <bool kCap, bool kKeep>
+float sum_of_exp(float* z, int64_t columns, float most, float cap) {
     float sum = 0;
     for (int64_t from = 0; from < columns; from += kBlock) {
         float* at = z + from;
         const int64_t count = least(kBlock, columns - from);
         sum += fold(count, [&](int64_t i, int64_t n, Floats part) TRIMPOT_INLINE {
-            Floats e = exp(load<Float>(at + i, n) - most);
+            Floats e = exp(logit<kCap>(load<Float>(at + i, n), cap) - most);
             if constexpr (kKeep) store<Float>(at + i, e, n);
             for (int64_t lane = n; lane < kWidth; ++lane) e[lane] = 0;
             return part + e;
@@ -60,21 +66,18 @@ void fill(float* z, int64_t columns, float value) {
           [&](int64_t i, int64_t n) TRIMPOT_INLINE { store<Float>(z + i, all(value), n); });
 }
 
-// z holds e^(z − most), of which `sum` is the sum.
-void gradient(float* z, int64_t columns, float sum, float factor, float even, float w) {
-    const float scale = w * factor / sum, less = w * even;
+// z holds e^(z − most) → e^(z − most)·scale − less.
+void gradient(float* z, int64_t columns, float scale, float less) {
     sweep(columns, [&](int64_t i, int64_t n) TRIMPOT_INLINE {
         store<Float>(z + i, load<Float>(z + i, n) * scale - less, n);
     });
 }
 
-// z holds the capped logits.
-void capped_gradient(float* z, int64_t columns, float lse, float factor, float even, float w,
-                     float cap) {
+// The same where z holds t, times 1 − t².
+void capped_gradient(float* z, int64_t columns, float most, float scale, float less, float cap) {
     sweep(columns, [&](int64_t i, int64_t n) TRIMPOT_INLINE {
-        const Floats v = load<Float>(z + i, n), t = v / cap;
-        const Floats dz = exp(v - lse) * factor - even;
-        store<Float>(z + i, dz * w * (1.0f - t * t), n);
+        const Floats t = load<Float>(z + i, n);
+        store<Float>(z + i, (exp(t * cap - most) * scale - less) * (1.0f - t * t), n);
     });
 }
 
@@ -83,14 +86,16 @@ void one_row(const SoftmaxLoss& a, int64_t row) {
     float* z = a.logits + row * a.stride;
     const int64_t label = a.labels[row];
     const bool ignored = label == a.ignore_index;
-    const bool inside = label >= 0 && label < a.columns;
+    const bool inside = !ignored && label >= 0 && label < a.columns;
     const float w = a.weights ? a.weights[row] : 1.0f, count = static_cast<float>(a.columns);
     const float smooth = a.label_smoothing, nan = __builtin_nanf("");
 
     const float most = cap_and_largest<kCap>(z, a.columns, a.softcap);
-    const float at_label = !ignored && inside ? z[label] : nan;
-    const float mean = smooth != 0 ? sum_of(z, a.columns) / count : 0.0f;
-    const float sum = sum_of_exp < kGradient && !kCap > (z, a.columns, most);
+    const float kept = inside ? z[label] : nan, at_label = kCap ? kept * a.softcap : kept;
+    float mean = smooth != 0 ? sum_of(z, a.columns) / count : 0.0f;
+    if constexpr (kCap) mean *= a.softcap;
+    constexpr bool kKeep = kGradient && !kCap;
+    const float sum = sum_of_exp<kCap, kKeep>(z, a.columns, most, a.softcap);
     const float logarithm = __builtin_logf(sum), lse = most + logarithm;
     a.lse[row] = lse;
     if (ignored) {
@@ -104,16 +109,21 @@ void one_row(const SoftmaxLoss& a, int64_t row) {
     a.loss[row] = w * (loss + a.z_loss * lse * lse);
     if constexpr (kGradient) {
         if (!inside) return fill(z, a.columns, nan);
-        const float factor = 1.0f + 2.0f * a.z_loss * lse, even = smooth / count;
-        float slope = w * (1.0f - smooth);
+        // The label's in double: p − 1 of a likely one would be little but rounding.
+        const double factor = 1 + 2.0 * a.z_loss * lse, even = double{smooth} / a.columns;
+        double slope = 1;
+        float exponential = z[label];
+        const auto scale = static_cast<float>(w * factor / sum);
+        const auto less = static_cast<float>(w * even);
         if constexpr (kCap) {
-            const float t = at_label / a.softcap;
-            slope *= 1.0f - t * t;
-            capped_gradient(z, a.columns, lse, factor, even, w, a.softcap);
+            exponential = exp(all(at_label - most))[0];
+            slope = 1 - double{kept} * kept;
+            capped_gradient(z, a.columns, most, scale, less, a.softcap);
         } else {
-            gradient(z, a.columns, sum, factor, even, w);
+            gradient(z, a.columns, scale, less);
         }
-        z[label] -= slope;
+        const double miss = exponential * factor / sum - even - (1 - double{smooth});
+        z[label] = static_cast<float>(w * miss * slope);
     }
 }
 

@@ -18,7 +18,7 @@ struct SoftmaxLoss {
     float label_smoothing, z_loss, softcap;  // softcap 0: none
     float* loss;                             // [rows]
     float* lse;                              // [rows], of ignored rows too
-    bool gradient;                           // else the logits stay, soft-capped
+    bool gradient;                           // else the logits stay, or are tanh(z/c)
 };
 
 struct SoftmaxTable {

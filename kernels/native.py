@@ -119,7 +119,8 @@ def softmax_loss(
     """Cross-entropy of float32 logits [rows, columns], and its gradient in their place.
 
     Addresses: logits, labels (int64), weights (float32, 0: ones), loss and lse (float32, a row
-    each). Formulas in csrc/softmax.h. Without `gradient` the logits stay, but soft-capped.
+    each). Formulas in csrc/softmax.h. Without `gradient` the logits stay, or are
+    tanh(z/c) with a soft cap c.
     """
     extension().softmax_loss(
         logits, stride, rows, columns, labels, weights, ignore_index, label_smoothing, z_loss,
