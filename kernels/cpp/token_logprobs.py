@@ -1,0 +1,78 @@
+"""token_logprobs in C++, a chunk of tokens at a time. Signatures as in ops/token_logprobs.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trimpot.kernels.cpp.head import Head, softmax_loss
+from trimpot.kernels.ops import token_logprobs as definition
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """`arithmetic`: fp32 | int16, or auto for the fastest that low precision permits."""
+
+    arithmetic: str = "auto"
+
+    def forward(
+        self,
+        h: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        ignore_index: int,
+        softcap: float,
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """→ (logp [M], lse [M]), fp32."""
+        if softcap and temperature != 1:  # two scalings: the loss kernel has one
+            return definition.forward(h, weight, labels, ignore_index, softcap, temperature)
+        head = Head(weight, self.arithmetic, h.dtype, frozen=not weight.requires_grad)
+        logp, lse = torch.empty(h.shape[0]), torch.empty(h.shape[0])
+        for rows, _, z in head.logits(_cooled(h, temperature)):
+            loss, lse[rows] = softmax_loss(
+                z, labels[rows], None, ignore_index, 0.0, 0.0, softcap, False
+            )
+            logp[rows] = -loss
+        return logp, lse.where(labels != ignore_index, 0)
+
+    def backward(
+        self,
+        g: torch.Tensor,
+        h: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        lse: torch.Tensor,
+        ignore_index: int,
+        softcap: float,
+        temperature: float,
+        need_dh: bool,
+        need_dw: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """→ (dh, dw), empty where they are not needed: of −g weighted cross-entropy."""
+        if softcap and temperature != 1:
+            return definition.backward(
+                g, h, weight, labels, lse, ignore_index, softcap, temperature, need_dh, need_dw
+            )
+        head = Head(weight, self.arithmetic, h.dtype, frozen=not need_dw)
+        dh = torch.empty(h.shape if need_dh else 0)
+        dw = torch.zeros(weight.shape if need_dw else 0)
+        down = -g.float() / temperature
+        for rows, _, z in head.logits(_cooled(h, temperature)):
+            softmax_loss(z, labels[rows], down[rows], ignore_index, 0.0, 0.0, softcap, True)
+            if need_dh:
+                head.input_gradient(z, dh[rows])
+            if need_dw:
+                dw.addmm_(z.T, h[rows].float())
+        return dh.to(h.dtype), dw.to(weight.dtype)
+
+
+def _cooled(h: torch.Tensor, temperature: float) -> torch.Tensor:
+    """h / temperature in fp32: dividing H items a token and not V logits."""
+    return h if temperature == 1 else h.float() / temperature
+
+
+variant = TokenLogprobs
+_default = TokenLogprobs()
+forward, backward = _default.forward, _default.backward
