@@ -1,0 +1,237 @@
+"""Matrix products of the extension, against float64: int16 within half of bf16's error, fp32
+within twice of torch's; no result depends on threads or on the run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from trimpot.kernels import native
+from trimpot.kernels.cpp import gemm, rates
+from trimpot.kernels.errors import BackendError, KernelError
+
+pytestmark = pytest.mark.skipif(not native.state().available, reason=native.state().why)
+
+S = [(576, 960), (576, 576), (576, 3072), (1536, 576)]
+M = [(2048, 3072), (2048, 2048), (2048, 16384), (8192, 2048)]
+ODD = [(1, 1), (7, 3), (31, 33), (100, 70), (289, 257), (577, 31)]
+ROWS = 70
+
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def operands(depth: int, outputs: int, rows: int = ROWS, outliers: bool = False) -> Operands:
+    """x [M, K], W [N, K], dY [M, N]; outliers × 20 in a row, a column and an item of each."""
+    generator = torch.Generator().manual_seed(depth * 31 + outputs)
+    x = torch.randn(rows, depth, generator=generator)
+    weight = torch.randn(outputs, depth, generator=generator) * 0.05
+    dy = torch.randn(rows, outputs, generator=generator)
+    if outliers:
+        for matrix in (x, weight, dy):
+            matrix[:, 3 % matrix.shape[1]] *= 20
+            matrix[matrix.shape[0] // 2] *= 20
+            matrix[0, -1] *= 20
+    return x, weight, dy
+
+
+def int16(x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    group = gemm.pack_weights([weight])
+    assert group is not None
+    y, dx = torch.full(dy.shape, 7.0), torch.full(x.shape, 7.0)
+    gemm.forward(gemm.quantise_input(gemm.readable(x), group), group.packs[0], y, None, None)
+    rows = gemm.quantise_gradient(gemm.readable(dy), group.packs[0])
+    gemm.gradient(rows, group.packs[0], dx, False, None)
+    return [y, dx]
+
+
+def fp32(x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    y, dx = torch.full(dy.shape, 7.0), torch.full(x.shape, 7.0)
+    gemm.forward_fp32(gemm.single(x), gemm.readable(weight), y, None, None)
+    gemm.gradient_fp32(gemm.single(dy), gemm.readable(weight), dx, False, None)
+    return [y, dx]
+
+
+def plain(x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    return [x @ weight.T, dy @ weight]
+
+
+def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("outliers", [False, True], ids=["even", "outliers"])
+@pytest.mark.parametrize(("depth", "outputs"), S + M + ODD)
+def test_int16_is_closer_than_half_of_bf16(depth: int, outputs: int, outliers: bool) -> None:
+    given = operands(depth, outputs, outliers=outliers)
+    exact = plain(*(t.double() for t in given))
+    low = plain(*(t.bfloat16() for t in given))
+    for found, want, bf16 in zip(int16(*given), exact, low, strict=True):
+        assert distance(found, want) <= 0.5 * distance(bf16, want)
+
+
+@pytest.mark.parametrize(("depth", "outputs"), S + ODD)
+def test_int16_reads_bf16(depth: int, outputs: int) -> None:
+    given = [t.bfloat16() for t in operands(depth, outputs)]
+    exact = plain(*(t.double() for t in given))
+    for found, want in zip(int16(*given), exact, strict=True):
+        assert distance(found, want) < 3e-4
+
+
+@pytest.mark.parametrize(("depth", "outputs"), [*S, (2048, 2048), *ODD])
+def test_fp32_obeys_the_rule_of_two(depth: int, outputs: int) -> None:
+    given = operands(depth, outputs)
+    exact = plain(*(t.double() for t in given))
+    for found, want, torch_s in zip(fp32(*given), exact, plain(*given), strict=True):
+        assert distance(found, want) <= 2 * distance(torch_s, want) + 1e-7
+
+
+@pytest.mark.parametrize("product", [int16, fp32])
+@pytest.mark.parametrize("rows", [0, 1, 13, 14, 15, 449])
+def test_any_number_of_rows(product: Callable[..., list[torch.Tensor]], rows: int) -> None:
+    given = operands(96, 40, rows)
+    for found, want in zip(product(*given), plain(*given), strict=True):
+        assert found.shape == want.shape
+        torch.testing.assert_close(found, want, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("product", [int16, fp32])
+def test_strides(product: Callable[..., list[torch.Tensor]]) -> None:
+    """Transposed, sliced and expanded operands are read as what they are."""
+    x, weight, dy = operands(96, 40)
+    wide = torch.zeros(ROWS, 200)
+    wide[:, 50:146] = x
+    want = product(x, weight, dy)
+    for given in (
+        (wide[:, 50:146], weight, dy),
+        (x, weight.T.contiguous().T, dy.T.contiguous().T),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(product(*given), want, strict=True))
+    row = x[:1].expand(ROWS, 96)
+    assert torch.equal(product(row, weight, dy)[0], product(row.contiguous(), weight, dy)[0])
+
+
+@pytest.mark.parametrize("product", [int16, fp32])
+def test_same_bits_again_and_on_any_number_of_threads(
+    product: Callable[..., list[torch.Tensor]],
+) -> None:
+    given = operands(576, 960, 200)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one, again = product(*given), product(*given)
+        torch.set_num_threads(2)
+        two = product(*given)
+    finally:
+        torch.set_num_threads(before)
+    for a, b, c in zip(one, again, two, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_shows(value: float) -> None:
+    """It spoils its own row in int16, which knows no infinity, and no other row."""
+    x, weight, dy = operands(96, 40)
+    clean = int16(x, weight, dy)
+    x[5, 7], dy[6, 3] = value, value
+    y, dx = int16(x, weight, dy)
+    assert y[5].isnan().all() and dx[6].isnan().all()
+    rest = torch.arange(ROWS)
+    assert torch.equal(y[rest != 5], clean[0][rest != 5])
+    assert torch.equal(dx[rest != 6], clean[1][rest != 6])
+
+
+def test_weights_that_are_not_finite_are_not_packed() -> None:
+    weight = operands(96, 40)[1]
+    weight[3, 4] = float("inf")
+    assert gemm.pack_weights([weight]) is None
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_any_magnitude(scale: float) -> None:
+    x, weight, dy = operands(576, 64)
+    y, _ = int16(x * scale, weight, dy)
+    assert distance(y, x.double() * scale @ weight.double().T) < 3e-4
+
+
+def test_zeros_are_exact() -> None:
+    x, weight, dy = operands(96, 40)
+    x[3], weight[5], weight[:, 9], dy[4] = 0, 0, 0, 0
+    y, dx = int16(x, weight, dy)
+    assert not y[3].any() and not y[:, 5].any() and not dx[4].any() and not dx[:, 9].any()
+
+
+def test_largest_sums_do_not_overflow() -> None:
+    """Rows and columns that are as like each other as can be: the bound is reached."""
+    x, weight = torch.ones(20, 576), torch.ones(64, 576)
+    y, dx = int16(x, weight, torch.ones(20, 64))
+    torch.testing.assert_close(y, torch.full((20, 64), 576.0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(dx, torch.full((20, 576), 64.0), rtol=1e-3, atol=0)
+    signs = torch.where(torch.arange(576) % 2 == 0, 1.0, -1.0)
+    y, _ = int16(signs.expand(20, 576), signs.expand(64, 576), torch.ones(20, 64))
+    torch.testing.assert_close(y, torch.full((20, 64), 576.0), rtol=1e-3, atol=0)
+
+
+def test_a_pack_is_made_once_and_again_when_the_weight_changes() -> None:
+    weight = operands(96, 40)[1]
+    first = gemm.packed([weight])
+    assert gemm.packed([weight]) is first
+    weight.add_(1)  # its version counts
+    second = gemm.packed([weight])
+    assert second is not first
+    weight.data[0, 0] += 1  # no version tells of this
+    assert gemm.packed([weight]) is not second
+    assert second is not None and second.bytes == 2 * 96 * 64  # 40 columns in panels of 32
+
+
+def test_weights_that_come_and_go_are_not_kept() -> None:
+    weight = operands(96, 40)[1]
+    weight.ds_id = 1  # type: ignore[attr-defined]  # as ZeRO-3 marks them
+    assert gemm.packed([weight]) is not gemm.packed([weight])
+
+
+def test_other_devices_are_refused() -> None:
+    with pytest.raises(KernelError, match="computes on the CPU"):
+        gemm.readable(torch.empty(2, 2, device="meta"))
+
+
+def test_what_may_be_taken() -> None:
+    assert rates.permitted("fp32", torch.bfloat16) == ("fp32", "torch")
+    assert "int16" not in rates.permitted("auto", torch.float32)
+    assert rates.permitted("int16", torch.float32) == ("int16",)
+    with pytest.raises(BackendError, match="'int4'; one of auto, fp32, int16"):
+        rates.permitted("int4", torch.float32)
+
+
+def test_the_choice_is_the_faster_one() -> None:
+    seconds = rates.measure(("fp32", "torch"), torch.float32, 576, 576, repeats=1)
+    assert set(seconds) == {"fp32", "torch"} and min(seconds.values()) > 0
+    assert rates.choose("fp32", torch.float32, 576, 576) in seconds
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    """Integer sums are exact, so int16 has the same bits wherever it runs but for the last of
+    the scales; fp32 obeys the rule of two."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_gemm as t\n"
+        "print(t.native.extension().gemm_isa())\n"
+        "for shape in ((100, 70), (577, 31)):\n"
+        "    given = t.operands(*shape)\n"
+        "    exact = t.plain(*(g.double() for g in given))\n"
+        "    for product, limit in ((t.int16, 3e-4), (t.fp32, 1e-6)):\n"
+        "        for found, want in zip(product(*given), exact):\n"
+        "            assert t.distance(found, want) < limit, (shape, limit)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, os.path.dirname(__file__)],  # noqa: PTH120
+        env={**os.environ, "TRIMPOT_ISA": isa}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    ran = done.stdout.split()[0]
+    order = ["generic", "avx2", "avx512"]
+    assert order.index(ran) <= order.index(isa)  # a lower one where the processor has not this
