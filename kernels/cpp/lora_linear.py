@@ -179,7 +179,8 @@ class _Call:
                 self._input_gradient(j, dy, quantised, dss[j], dx)
         if self.fused:
             both = gemm.outer(joint, self.x_fp32)
-            return [part[None] for part in both.split(self.rank)], dbs
+            # Copies: outputs of an op may not share memory.
+            return [part.clone()[None] for part in both.split(self.rank)], dbs
         return [self._outer_a(j, dss[j]) for j in range(len(dys))], dbs
 
     def _shrink_gradient(
