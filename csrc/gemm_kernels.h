@@ -772,38 +772,51 @@ static void gradient_fp32(const float* dy, std::int64_t dy_stride, std::int64_t 
     }
 }
 
+// 8 rows by 32 columns: ranks are multiples of 8 more often than of 14. a: [lanes][8 of `a_lane`].
+static inline void micro_narrow(std::int64_t lanes, const float* a, std::int64_t a_lane,
+                                const float* b, float* tile) {
+    v16 sums[8][2] = {};
+    for (std::int64_t l = 0; l < lanes; ++l, a += a_lane, b += kTileColumns) {
+        const v16 b0 = load16(b), b1 = load16(b + 16);
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) {
+            sums[r][0] += b0 * a[r];
+            sums[r][1] += b1 * a[r];
+        }
+    }
+    __builtin_memcpy(tile, sums, sizeof sums);
+}
+
 // Contraction over rows, in blocks whose rows of b stay in the L2 cache and the TLB.
 static void outer(const float* a, std::int64_t a_stride, const float* b, std::int64_t b_stride,
                   std::int64_t m, std::int64_t p, std::int64_t n, float* out, std::int64_t stride,
                   float factor) {
-    const std::int64_t panels = ceil_div(n, kTileColumns);
-    const Matrix right{b, b_stride, false};
-    const std::int64_t padded = ceil_div(p, kTileRows) * kTileRows;
     if (!m) {
         for (std::int64_t r = 0; r < p; ++r) __builtin_memset(out + r * stride, 0, n * 4);
         return;
     }
-    float* packed = static_cast<float*>(std::aligned_alloc(64, ceil_div(m * padded * 4, 64) * 64));
+    const Matrix right{b, b_stride, false};
+    const std::int64_t padded = ceil_div(p, 8) * 8, panels = ceil_div(n, kTileColumns);
+    const Floats packed(m * padded);
 #pragma omp parallel for schedule(static)
     for (std::int64_t i = 0; i < m; ++i) {  // rows of a, padded to whole tiles
-        __builtin_memcpy(packed + i * padded, a + i * a_stride, p * 4);
-        for (std::int64_t r = p; r < padded; ++r) packed[i * padded + r] = 0;
+        __builtin_memcpy(packed.data + i * padded, a + i * a_stride, p * 4);
+        for (std::int64_t r = p; r < padded; ++r) packed.data[i * padded + r] = 0;
     }
 #pragma omp parallel for schedule(static)
     for (std::int64_t j = 0; j < panels; ++j) {
-        alignas(64) float tile[kTileRows * kTileColumns], copy[kFloatBlock * kTileColumns];
-        const std::int64_t columns = least(kTileColumns, n - j * kTileColumns);
+        alignas(64) float tile[8 * kTileColumns], copy[kFloatBlock * kTileColumns];
         for (std::int64_t from = 0; from < m; from += kFloatBlock) {
             const std::int64_t lanes = least(kFloatBlock, m - from);
-            copy_panel(right, from, lanes, j * kTileColumns, columns, copy);
-            for (std::int64_t r = 0; r < p; r += kTileRows) {
-                micro_fp32(lanes, reinterpret_cast<const char*>(packed + from * padded + r), 4,
-                           padded * 4, reinterpret_cast<const char*>(copy), 128, tile);
-                put_float(tile, nullptr, from > 0, factor, place(out, stride, n, r, p, j));
+            copy_panel(right, from, lanes, j * kTileColumns, n - j * kTileColumns, copy);
+            for (std::int64_t r = 0; r < p; r += 8) {
+                micro_narrow(lanes, packed.data + from * padded + r, padded, copy, tile);
+                Place at = place(out, stride, n, r, p, j);
+                at.rows = static_cast<int>(least(8, p - r));
+                put_float(tile, nullptr, from > 0, factor, at);
             }
         }
     }
-    std::free(packed);
 }
 
 // ---- dropout: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")

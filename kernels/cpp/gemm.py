@@ -7,6 +7,7 @@ bfloat16 operands give 2.9e-3.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,26 +138,45 @@ def operand(matrix: torch.Tensor) -> tuple[int, int, bool]:
 
 @dataclass
 class Rows:
-    """A left operand as integers: x times the columns' scales, scaled row by row."""
+    """A left operand as integers: x times the columns' scales, scaled row by row.
+
+    Good until this thread quantises the next one: they share their memory, which would otherwise
+    be fetched from the system and cleared by it for each call (a tenth of the time at 2,048 x 576).
+    """
 
     handle: Any
     limits: torch.Tensor
-    parts: tuple[torch.Tensor, ...]
+    memory: tuple[torch.Tensor, torch.Tensor]
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.q = torch.empty(0, dtype=torch.int16)
+        self.scale = torch.empty(0)
+
+    def take(self, items: int, scales: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.q.numel() < items:
+            self.q = torch.empty(items, dtype=torch.int16)
+        if self.scale.numel() < scales:
+            self.scale = torch.empty(scales)
+        return self.q, self.scale
+
+
+_scratch = _Scratch()
 
 
 def quantise(x: torch.Tensor, factor: torch.Tensor, limits: torch.Tensor, block: int) -> Rows:
     """x [M, width] · factor [≥ width], in blocks of `block` whose norms keep to `limits`."""
     rows, width = x.shape
     padded, blocks = _ceil(rows, TILE_ROWS) * TILE_ROWS, _ceil(width, block)
-    q = torch.empty(blocks * padded * block, dtype=torch.int16)
-    scale = torch.empty(blocks * padded)
     extension = native.extension()
-    handle = extension.Rows(rows, padded, block, blocks, q.data_ptr(), scale.data_ptr())
+    memory = _scratch.take(blocks * padded * block, blocks * padded)
+    handle = extension.Rows(rows, padded, block, blocks, *(part.data_ptr() for part in memory))
     address, stride, bf16 = operand(x)
     extension.gemm_quantise(
         address, stride, bf16, width, factor.data_ptr(), limits.data_ptr(), handle
     )
-    return Rows(handle, limits, (q, scale))
+    return Rows(handle, limits, memory)
 
 
 def quantise_input(x: torch.Tensor, group: Group) -> Rows:
