@@ -12,7 +12,6 @@ import torch
 from trimpot.kernels import native
 from trimpot.kernels.cpp import gemm, rates
 
-
 CHUNK_BYTES = 32 << 20
 """Of a chunk's fp32 logits: 154 rows at V = 49,152. Its integer copy takes half as much again."""
 
