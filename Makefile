@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml .ci/constraints.txt csrc/CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
+$(STAMP): pyproject.toml .ci/constraints.txt csrc/CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt \
@@ -36,12 +36,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.inc
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/*.inc
 
 bench: install
 	$(BIN)/trimpot recipe technical --out $(OUT)

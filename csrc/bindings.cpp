@@ -1,5 +1,7 @@
 // The door: Python's buffers in, checked for type, shape and stride; plain pointers behind it.
 // Each function releases the GIL while it works. Typed for Python in kernels/_native.pyi.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,7 +10,6 @@
 #include <string>
 #include <type_traits>
 
-#include "bindings.h"
 #include "cpu.h"
 #include "hash.h"
 #include "pack.h"

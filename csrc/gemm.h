@@ -30,16 +30,16 @@ struct Matrix {
 
 // One weight. Weights that share their input share column_scale and limit.
 struct Pack {
-    std::int64_t rows;     // N
-    std::int64_t depth;    // K
-    std::int64_t panels;   // ⌈N / 32⌉
-    std::int64_t block;    // contraction items per block along K, a multiple of 32
-    std::int64_t blocks;   // along K
-    std::int16_t* q;       // [panels][blocks][block / 2][32][2]
-    float* row_scale;      // r [32 panels]; 0 in padding
-    float* column_scale;   // c [K]
-    float* limit;          // [blocks] norm that a block of x·c may have
-    float* gradient_limit; // [⌈32 panels / 256⌉] norm that a block of dY·r may have
+    std::int64_t rows;      // N
+    std::int64_t depth;     // K
+    std::int64_t panels;    // ⌈N / 32⌉
+    std::int64_t block;     // contraction items per block along K, a multiple of 32
+    std::int64_t blocks;    // along K
+    std::int16_t* q;        // [panels][blocks][block / 2][32][2]
+    float* row_scale;       // r [32 panels]; 0 in padding
+    float* column_scale;    // c [K]
+    float* limit;           // [blocks] norm that a block of x·c may have
+    float* gradient_limit;  // [⌈32 panels / 256⌉] norm that a block of dY·r may have
 };
 
 // Left operand in block fixed point.
@@ -79,8 +79,8 @@ struct GemmTable {
                          std::int64_t n, std::int64_t k, float* y, std::int64_t stride,
                          const float* bias, Update update);
     void (*gradient_fp32)(const float* dy, std::int64_t dy_stride, std::int64_t m, Matrix w,
-                          std::int64_t n, std::int64_t k, float* dx, std::int64_t stride,
-                          bool add, Update update);
+                          std::int64_t n, std::int64_t k, float* dx, std::int64_t stride, bool add,
+                          Update update);
     // out [p, n] = factor · aᵀ b, a [M, p], b [M, n]: what a gradient of a factor is.
     void (*outer)(const float* a, std::int64_t a_stride, const float* b, std::int64_t b_stride,
                   std::int64_t m, std::int64_t p, std::int64_t n, float* out, std::int64_t stride,

@@ -48,10 +48,9 @@ bool pack(const std::vector<Pack>& packs, const std::vector<Weight>& weights) {
 
 void bind_gemm(py::module_& m) {
     using Free = py::call_guard<py::gil_scoped_release>;
-    py::class_<Pack>(m, "Pack")
-        .def(py::init([](Int rows, Int depth, Int panels, Int block, Int blocks, Address q,
-                         Address row_scale, Address column_scale, Address limit,
-                         Address gradient_limit) {
+    py::class_<Pack>(m, "Pack").def(py::init(
+        [](Int rows, Int depth, Int panels, Int block, Int blocks, Address q, Address row_scale,
+           Address column_scale, Address limit, Address gradient_limit) {
             return Pack{rows,
                         depth,
                         panels,
@@ -63,8 +62,8 @@ void bind_gemm(py::module_& m) {
                         at<float>(limit),
                         at<float>(gradient_limit)};
         }));
-    py::class_<Rows>(m, "Rows")
-        .def(py::init([](Int rows, Int padded, Int block, Int blocks, Address q, Address scale) {
+    py::class_<Rows>(m, "Rows").def(
+        py::init([](Int rows, Int padded, Int block, Int blocks, Address q, Address scale) {
             return Rows{rows, padded, block, blocks, at<std::int16_t>(q), at<float>(scale)};
         }));
     m.def("gemm_isa", [] { return gemm_table().name; });

@@ -61,9 +61,9 @@ template <int S>
 static inline void exchange(i16x& a, i16x& b) {
 #define TRIMPOT_LOW(j) ((j) & S ? 16 + (j) - S : (j))
 #define TRIMPOT_HIGH(j) ((j) & S ? 16 + (j) : (j) + S)
-#define TRIMPOT_16(of)                                                                     \
-    of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8), of(9), of(10), of(11), \
-        of(12), of(13), of(14), of(15)
+#define TRIMPOT_16(of)                                                                            \
+    of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8), of(9), of(10), of(11), of(12), \
+        of(13), of(14), of(15)
     const i16x low = __builtin_shufflevector(a, b, TRIMPOT_16(TRIMPOT_LOW));
     b = __builtin_shufflevector(a, b, TRIMPOT_16(TRIMPOT_HIGH));
     a = low;
@@ -92,8 +92,8 @@ static inline void interleave(i16x a, i16x b, std::int16_t* out) {
     typedef std::int16_t s32 __attribute__((vector_size(64)));
     const s32 x = (s32)a, y = (s32)b;
 #define TRIMPOT_PAIR(j) (j), 32 + (j)
-#define TRIMPOT_8(j)                                                                     \
-    TRIMPOT_PAIR(j), TRIMPOT_PAIR(j + 1), TRIMPOT_PAIR(j + 2), TRIMPOT_PAIR(j + 3),      \
+#define TRIMPOT_8(j)                                                                \
+    TRIMPOT_PAIR(j), TRIMPOT_PAIR(j + 1), TRIMPOT_PAIR(j + 2), TRIMPOT_PAIR(j + 3), \
         TRIMPOT_PAIR(j + 4), TRIMPOT_PAIR(j + 5), TRIMPOT_PAIR(j + 6), TRIMPOT_PAIR(j + 7)
     const s32 first = __builtin_shufflevector(x, y, TRIMPOT_8(0), TRIMPOT_8(8));
     const s32 second = __builtin_shufflevector(x, y, TRIMPOT_8(16), TRIMPOT_8(24));
@@ -104,8 +104,9 @@ static inline void interleave(i16x a, i16x b, std::int16_t* out) {
 }
 
 // Reads a row into floats, times factor, zero up to `padded` (a multiple of 16).
-static inline void read_row(const Matrix& m, std::int64_t row, std::int64_t from, std::int64_t count,
-                            const float* factor, float* out, std::int64_t padded) {
+static inline void read_row(const Matrix& m, std::int64_t row, std::int64_t from,
+                            std::int64_t count, const float* factor, float* out,
+                            std::int64_t padded) {
     const std::int64_t at = row * m.stride + from;
     if (m.bf16) {
         const std::uint16_t* x = static_cast<const std::uint16_t*>(m.data) + at;
@@ -390,8 +391,10 @@ static inline void put_float(const float* tile, const float* bias, bool add, flo
         }
         for (int j = 0; j < kTileColumns; j += 16) {
             v16 base = {};
-            if (add) base = load16(c + j);
-            else if (bias) base = load16(bias + j);
+            if (add)
+                base = load16(c + j);
+            else if (bias)
+                base = load16(bias + j);
             store16(c + j, base + factor * load16(t + j));
         }
     }
@@ -515,8 +518,7 @@ static void forward(const Rows& a, const Pack& pack, float* y, std::int64_t stri
                     micro_int16(a.block / 2, reinterpret_cast<const char*>(q), a.block * 2, 4,
                                 reinterpret_cast<const char*>(right), 128, tile);
                     const Place at = place(y, stride, pack.rows, r, task.end, p);
-                    put_int(tile, a.scale + b * a.padded + r,
-                            pack.row_scale + p * kTileColumns,
+                    put_int(tile, a.scale + b * a.padded + r, pack.row_scale + p * kTileColumns,
                             bias ? bias + p * kTileColumns : nullptr, b > 0, at);
                     if (b + 1 == pack.blocks && update.rank) {
                         add_update(left, r, update.right + p * update.rank * kTileColumns,
@@ -574,8 +576,8 @@ static void gradient(const Rows& dy, const Pack& pack, float* dx, std::int64_t s
                     put_int(tile, dy.scale + g * dy.padded + r, scale.data + p * kTileColumns,
                             nullptr, add || g > 0, at);
                     if (g + 1 == dy.blocks && update.rank) {
-                        add_update(left, r, low.data + p * update.rank * kTileColumns,
-                                   kTileColumns, update.rank, at);
+                        add_update(left, r, low.data + p * update.rank * kTileColumns, kTileColumns,
+                                   update.rank, at);
                     }
                 }
             }
@@ -593,8 +595,8 @@ static void skinny(const Rows& a, const float* limits, const float* data, std::i
         const int columns = static_cast<int>(least(kTileColumns, n - p * kTileColumns));
         const std::int64_t size = a.blocks * a.block * kTileColumns;
         std::int16_t* q = static_cast<std::int16_t*>(std::aligned_alloc(64, size * 2));
-        float* scale = static_cast<float*>(
-            std::aligned_alloc(64, a.blocks * kTileColumns * sizeof(float)));
+        float* scale =
+            static_cast<float*>(std::aligned_alloc(64, a.blocks * kTileColumns * sizeof(float)));
 #pragma omp parallel for schedule(static)
         for (std::int64_t b = 0; b < a.blocks; ++b) {
             alignas(64) float buffer[512];
@@ -604,9 +606,8 @@ static void skinny(const Rows& a, const float* limits, const float* data, std::i
                     const std::int64_t k = from + i;
                     const bool is = c < columns && k < depth;
                     float d = is && divisor ? divisor[k] : 1;
-                    buffer[i] = is && d != 0
-                                    ? data[k * row + (p * kTileColumns + c) * column] / d
-                                    : 0;
+                    buffer[i] =
+                        is && d != 0 ? data[k * row + (p * kTileColumns + c) * column] / d : 0;
                 }
                 float largest;
                 const float norm = norm_of(buffer, a.block, &largest);
@@ -678,8 +679,8 @@ static inline void transpose_float(const Matrix& w, std::int64_t first, std::int
 static inline void copy_panel(const Matrix& w, std::int64_t from, std::int64_t lanes,
                               std::int64_t first, std::int64_t columns, float* out) {
     for (std::int64_t l = 0; l < lanes; ++l) {
-        read_row(w, from + l, first, least(kTileColumns, columns), nullptr,
-                 out + l * kTileColumns, kTileColumns);
+        read_row(w, from + l, first, least(kTileColumns, columns), nullptr, out + l * kTileColumns,
+                 kTileColumns);
     }
 }
 
@@ -837,7 +838,8 @@ static inline void philox(std::uint32_t* c, std::uint32_t k0, std::uint32_t k1) 
 static void dropout(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t columns,
                     std::int64_t first_row, std::uint64_t seed, std::uint32_t threshold,
                     float scale, float* out) {
-    const auto low = static_cast<std::uint32_t>(seed), high = static_cast<std::uint32_t>(seed >> 32);
+    const auto low = static_cast<std::uint32_t>(seed),
+               high = static_cast<std::uint32_t>(seed >> 32);
 #pragma omp parallel for schedule(static)
     for (std::int64_t r = 0; r < rows; ++r) {
         const auto row = static_cast<std::uint64_t>(first_row + r);

@@ -10,19 +10,18 @@
 
 // Assembly, since GCC 12 spills the 28 accumulators of the same loop in intrinsics (105 against
 // 270 Gop/s in int16). zmm0-27 hold the tile, 28 and 29 the columns, 30 and 31 a broadcast each.
-#define TRIMPOT_ROW(address, even, odd, temporary, instruction)  \
-    "vpbroadcastd " address ",%%zmm" temporary "\n" instruction  \
-    " %%zmm" temporary ",%%zmm28,%%zmm" even "\n" instruction    \
-    " %%zmm" temporary ",%%zmm29,%%zmm" odd "\n"
+#define TRIMPOT_ROW(address, even, odd, temporary, instruction)                    \
+    "vpbroadcastd " address ",%%zmm" temporary "\n" instruction " %%zmm" temporary \
+    ",%%zmm28,%%zmm" even "\n" instruction " %%zmm" temporary ",%%zmm29,%%zmm" odd "\n"
 #define TRIMPOT_ZERO(n) "vpxord %%zmm" n ",%%zmm" n ",%%zmm" n "\n"
 #define TRIMPOT_KEEP(n, offset) "vmovaps %%zmm" n "," offset "(%[t])\n"
 
-#define TRIMPOT_MICRO(name, instruction)                                                           \
-    static inline void name(std::int64_t lanes, const char* a, std::int64_t row, std::int64_t lane, \
-                            const char* b, std::int64_t b_lane, void* tile) {                      \
-        const char* a5 = a + 5 * row;                                                              \
-        const char* a10 = a + 10 * row;                                                            \
-        const std::int64_t row3 = 3 * row;                                                         \
+#define TRIMPOT_MICRO(name, instruction)                                                             \
+    static inline void name(std::int64_t lanes, const char* a, std::int64_t row,                     \
+                            std::int64_t lane, const char* b, std::int64_t b_lane, void* tile) {     \
+        const char* a5 = a + 5 * row;                                                                \
+        const char* a10 = a + 10 * row;                                                              \
+        const std::int64_t row3 = 3 * row;                                                           \
         __asm__ volatile(                                                                          \
             TRIMPOT_ZERO("0") TRIMPOT_ZERO("1") TRIMPOT_ZERO("2") TRIMPOT_ZERO("3")                \
             TRIMPOT_ZERO("4") TRIMPOT_ZERO("5") TRIMPOT_ZERO("6") TRIMPOT_ZERO("7")                \
@@ -73,7 +72,7 @@
             : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",      \
               "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18",     \
               "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27",     \
-              "xmm28", "xmm29", "xmm30", "xmm31", "cc", "memory");                                 \
+              "xmm28", "xmm29", "xmm30", "xmm31", "cc", "memory"); \
     }
 
 TRIMPOT_MICRO(micro_fp32, "vfmadd231ps")
