@@ -9,6 +9,7 @@ from typing import Any
 Row = Mapping[str, Any]
 
 OURS, PEER, INK, GRID = "#1d5a9e", "#b8420f", "#1a1e24", "#e2e5e9"
+DASHES = ("-", "--", ":")
 DPI = 110
 MOST_BARS = 60
 """Bars of one drawing; what is beyond stands in the table."""
@@ -62,8 +63,9 @@ def roofline(rows: Sequence[Row], peaks: Mapping[str, Any]) -> bytes:
         axes.scatter(x, y, s=22, color=colour, marker=marker, label=name, zorder=3, linewidths=1)
     every = [row["flops"] / row["least_bytes"] for row in rows]
     x = np.geomspace(min(every) / 2, max(max(every), 100) * 2, 200)
-    for dtype, peak in peaks["gemm_tflops"].items():
-        axes.plot(x, np.minimum(peak, peaks["copy_gbs"] / 1e3 * x), linewidth=1, label=f"{dtype}")
+    for (dtype, peak), dashes in zip(peaks["gemm_tflops"].items(), DASHES, strict=False):
+        ceiling = np.minimum(peak, peaks["copy_gbs"] / 1e3 * x)
+        axes.plot(x, ceiling, color=INK, linewidth=1, linestyle=dashes, label=f"{dtype} ceiling")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte that has to be moved")
@@ -90,8 +92,8 @@ def least_bytes(rows: Sequence[Row], peaks: Mapping[str, Any]) -> bytes:
     axes.set_yticks(list(range(len(shown))), [label(row) for row in shown])
     axes.set_xscale("log")
     axes.set_xlabel("MiB")
-    axes.set_title("Bytes")
-    axes.legend(frameon=False, loc="lower right")
+    axes.set_title("Bytes", loc="left")
+    figure.legend(frameon=False, loc="outside upper right", ncols=3, fontsize=8)
     return _png(figure)
 
 

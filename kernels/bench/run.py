@@ -6,7 +6,7 @@ a backend, a peer) is a row, or a note, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from trimpot.kernels.bench.roofline import Roofline, measure_roofline
 from trimpot.kernels.bench.shapes import Call, calls, find_shape
 from trimpot.kernels.bench.stats import paired_ratio, spread, verdict
 from trimpot.kernels.bench.streams import adamw_case, glu_case, norm_case, rope_case
-from trimpot.kernels.bench.truth import Ours, Row, Truth, checked, prepare, refused
+from trimpot.kernels.bench.truth import Ours, Row, Truth, prepare, refused, untimed
 from trimpot.kernels.errors import BackendError, KernelError
 
 MAKE: dict[str, Callable[[Call, int, str, torch.dtype], Case]] = {
@@ -131,14 +131,16 @@ def bench_call(
     others = variants(case, peers, options.foreign)
     if _any_int16(ready) and "torch" in peers and dtype is torch.float32 and case.leaves:
         others.append(torch_variant(case, torch.bfloat16))
-    errors = {peer.name: truth.error_of(peer) for peer in others} if ready else {}
-    for peer in [peer for peer in others if peer.name == "liger" and options.device == "cpu"]:
-        others.remove(peer)  # its kernels run in an interpreter here
-        rows += [base | checked(each, peer.name, errors[peer.name]) for each in ready]
-    if ready:
-        timed = _timed(case, ready, others, errors, truth, options, roofline)
-        rows += [base | row for row in timed]
-    return rows
+    if not ready:
+        return rows
+    errors = {peer.name: truth.error_of_peer(peer) for peer in others}
+    for peer in list(others):
+        # Liger's kernels run in an interpreter on a CPU: an oracle, nothing to be timed.
+        if isinstance(errors[peer.name], str) or (peer.name, options.device) == ("liger", "cpu"):
+            others.remove(peer)
+            rows += [base | untimed(each, peer.name, errors[peer.name]) for each in ready]
+    timed = _timed(case, ready, others, errors, truth, options, roofline)
+    return rows + [base | row for row in timed]
 
 
 def _any_int16(ready: Sequence[Ours]) -> bool:
@@ -169,7 +171,7 @@ def _timed(
     case: Case,
     ready: Sequence[Ours],
     others: Sequence[Variant],
-    errors: dict[str, float],
+    errors: Mapping[str, float | str],
     truth: Truth,
     options: Options,
     roofline: Roofline,

@@ -56,8 +56,9 @@ class Truth:
         self._yardsticks: dict[str, Outcome] = {}
 
     def judge(self, variant: Variant, backend: str) -> Judgement:
-        """int16 is held to half of bf16's error, everything else to twice torch's own."""
-        int16 = backend.endswith(":int16")
+        """int16 on float32 tensors is held to half of bf16's error, everything else to twice
+        torch's own. (16-bit tensors round every result as torch does.)"""
+        int16 = backend.endswith(":int16") and self.case.dtype is torch.float32
         found = outcome_of(variant, self.case, self.case.inputs, self.upstream)
         factor = INT16_FACTOR if int16 else FACTOR
         return judge(found, self._yardstick(int16), self.exact, factor)
@@ -69,8 +70,15 @@ class Truth:
             self._yardsticks[name] = outcome_of(peer, self.case, self.case.inputs, self.upstream)
         return self._yardsticks[name]
 
-    def error_of(self, variant: Variant) -> float:
-        return worst(outcome_of(variant, self.case, self.case.inputs, self.upstream), self.exact)
+    def error_of_peer(self, peer: Variant) -> float | str:
+        """Its worst relative error; or why it has none, of a peer that does not run here."""
+        try:
+            found = outcome_of(peer, self.case, self.case.inputs, self.upstream)
+        except Exception as error:  # other people's code: what it raises is what its row says
+            if peer.name.startswith("torch"):
+                raise
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return worst(found, self.exact)
 
 
 def prepare(case: Case, wanted: str, truth: Truth) -> Ours | BackendError:
@@ -106,8 +114,9 @@ def refused(mode: str, wanted: str, peer: str, found: Ours | BackendError) -> Ro
     }
 
 
-def checked(mine: Ours, peer: str, peer_error: float) -> Row:
-    """A row without times, of a peer that is only an oracle here."""
+def untimed(mine: Ours, peer: str, peer_error: float | str) -> Row:
+    """A row without times, of a peer that is only an oracle here, or that failed."""
+    failed = isinstance(peer_error, str)
     return {
         "mode": BOTH,
         "wanted": mine.wanted,
@@ -116,9 +125,9 @@ def checked(mine: Ours, peer: str, peer_error: float) -> Row:
         "p20": None,
         "p50": None,
         "p80": None,
-        "verdict": "CHECKED",
-        "why": "interpreted here: errors only",
+        "verdict": "FAILED" if failed else "CHECKED",
+        "why": f"the peer: {peer_error}" if failed else "interpreted here: errors only",
         "error": mine.judgement.error,
-        "peer_error": peer_error,
+        "peer_error": None if failed else peer_error,
         "within_tolerance": True,
     }
