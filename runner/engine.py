@@ -1,7 +1,8 @@
 """The one door to DeepSpeed: start it, step it, and reach its state by parameter name.
 
 Nothing is compiled at run time: `shm_comm` (66 CPU-seconds, serves inference only) is declared
-absent, and the optimizer is torch's own. DeepSpeed's checkpoints are not used: they are pickled
+absent, and the optimizer is torch's own or ours. DeepSpeed's checkpoints are not used: they are
+pickled
 and tied to the world size.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from trimpot.runner.optimizer import AdamW
 from trimpot.runner.types import Plan
 
 State = dict[str, dict[str, torch.Tensor]]
@@ -37,6 +39,7 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
         "zero_optimization": plan.zero,
         "bf16": {"enabled": plan.config.precision == "bf16"},
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # ours; its state is that of torch's AdamW
         "steps_per_print": 1 << 40,
     }
 
@@ -192,12 +195,7 @@ def start_engine(plan: Plan, model: nn.Module) -> Engine:
     import deepspeed
 
     names = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        _groups(plan, list(names.values())),
-        lr=plan.config.optim.learning_rate,
-        betas=plan.config.optim.betas,
-        eps=plan.config.optim.eps,
-    )
+    optimizer = _optimizer(plan, list(names.values()))
     inner, _, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(plan)
     )
@@ -206,6 +204,24 @@ def start_engine(plan: Plan, model: nn.Module) -> Engine:
     # first update would be 0.74 of what Adam says.
     engine.set_step(0)
     return engine
+
+
+def _optimizer(plan: Plan, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Ours where the plan has a kernel for it, torch's own otherwise."""
+    optim, groups = plan.config.optim, _groups(plan, parameters)
+    settings = {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.eps}
+    backend = plan.kernels.get("adamw_step", {"backend": "off"})["backend"]
+    if backend in ("off", "torch"):
+        return torch.optim.AdamW(groups, **settings)
+    return AdamW(groups, **settings, backend=backend)
+
+
+def reach(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Under ZeRO-3: have these whole, too, while the module computes and goes back."""
+    import deepspeed
+
+    for parameter in parameters:
+        deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _groups(plan: Plan, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:

@@ -9,8 +9,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,6 +216,34 @@ def recompute_layers(model: Any) -> None:
     # Not reentrant: the reentrant form needs inputs with gradients, which frozen embeddings
     # do not give.
     model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def family_of(module: object) -> str | None:
+    """The family whose code in transformers a module's class is of: "llama", "qwen3" …"""
+    parts = type(module).__module__.split(".")
+    return parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 3 else None
+
+
+@dataclass(frozen=True)
+class AttentionCode:
+    """What a family's attention layer calls in transformers."""
+
+    functions: Any
+    eager: Callable[..., Any]
+    rotate: Callable[..., Any]
+
+    def function(self, config: Any) -> Callable[..., Any]:
+        """The attention function that the model's config names: sdpa, flash_attention_2 …"""
+        return self.functions.get_interface(config._attn_implementation, self.eager)
+
+
+def attention_code(attention: object) -> AttentionCode:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    code = sys.modules[type(attention).__module__]
+    return AttentionCode(
+        ALL_ATTENTION_FUNCTIONS, code.eager_attention_forward, code.apply_rotary_pos_emb
+    )
 
 
 @contextmanager

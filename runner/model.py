@@ -11,7 +11,9 @@ from torch import nn
 
 from trimpot.runner import hub
 from trimpot.runner.adapters.lora import add_lora
+from trimpot.runner.engine import reach
 from trimpot.runner.errors import ConfigError
+from trimpot.runner.fused.swap import Table, swap_in
 from trimpot.runner.types import Plan
 
 
@@ -30,9 +32,15 @@ def build_model(plan: Plan, deepspeed: dict[str, Any] | None) -> nn.Module:
     elif config.method == "freeze":
         assert config.freeze is not None
         _freeze_but(model, config.freeze.trainable)
+    model.kernels = swap_in(model, plan.kernels, reach if plan.zero_stage == 3 else None)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     if config.model.activation_checkpointing:
         hub.recompute_layers(model)
     return model
+
+
+def kernels_of(model: nn.Module) -> Table:
+    """What the ops of a plan came to in this model: backend and reason of each."""
+    return model.kernels  # pyright: ignore[reportReturnType]
 
 
 def dtype_of(plan: Plan) -> torch.dtype:

@@ -29,7 +29,7 @@ from trimpot.runner.engine import Engine, State, start_engine
 from trimpot.runner.errors import CheckpointError, DataError, StorageError, TrimpotError
 from trimpot.runner.journal import Journal
 from trimpot.runner.loop import held_out_loss, run_loop
-from trimpot.runner.model import build_model, count_parameters
+from trimpot.runner.model import build_model, count_parameters, kernels_of
 from trimpot.runner.plan.plan import plan_from_json
 from trimpot.runner.sample import answer_prompts
 from trimpot.runner.types import Checkpoint, Event, Plan, StepReport
@@ -66,7 +66,7 @@ def train(plan: Plan, report: Report) -> Checkpoint:
         del state
     clock.tell("engine")
     first = found[0].step + 1 if found else 1
-    report(_start(plan, data, held_out, parameters, trained, first))
+    report(_start(plan, kernels_of(model), data, held_out, parameters, trained, first))
     session = Session(plan, engine, data, held_out, report)
     if first == 1:
         session.evaluate(0)
@@ -222,6 +222,7 @@ class Phases:
 
 def _start(
     plan: Plan,
+    kernels: dict[str, dict[str, str]],
     data: Compiled,
     held_out: Compiled | None,
     parameters: int,
@@ -247,7 +248,7 @@ def _start(
         "train_samples": len(data),
         "eval_samples": len(held_out) if held_out else 0,
         "tokens_per_epoch": int(data.lengths.sum()),
-        "kernels": plan.kernels,
+        "kernels": kernels,
         "config": config.model_dump(mode="json"),
         "versions": {"python": platform.python_version()} | {n: _version(n) for n in VERSIONS},
         "memory_predicted_bytes": plan.memory.total if plan.memory else None,

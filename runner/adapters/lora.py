@@ -9,22 +9,33 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from trimpot.kernels.ops.lora_linear import lora_linear
+from trimpot.kernels.ops.philox import draw_seeds, dropped
 from trimpot.runner.config import AdapterSection
 from trimpot.runner.errors import PlanError
 
+OFF = "off"
+
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer and its update. Parameter names are those of PEFT."""
+    """A frozen linear layer and its update. Parameter names are those of PEFT.
+
+    `backend` of the op lora_linear computes it; off: torch's own layers and autograd. Dropout has
+    the same masks in all of them: they come of seeds that torch's generator draws in forward.
+    """
 
     def __init__(self, base: nn.Linear, adapter: AdapterSection, seed: int, name: str):
         super().__init__()
         self.base_layer = base
+        self.rank = adapter.lora_rank
         self.scale = adapter.lora_alpha / adapter.lora_rank
         self.dropout = adapter.lora_dropout
+        self.backend = OFF
         options = {"dtype": base.weight.dtype, "device": base.weight.device}
         d_out, d_in = base.out_features, base.in_features
         a_RK = torch.empty(adapter.lora_rank, d_in)
@@ -35,17 +46,55 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(a_RK.to(**options))
         self.lora_B = nn.Parameter(torch.zeros(d_out, adapter.lora_rank, **options))
 
-    def forward(self, x_MK: torch.Tensor) -> torch.Tensor:
-        """x [..., K] → [..., N]."""
-        dropped_MK = nn.functional.dropout(x_MK, self.dropout, self.training)
-        update_MN = nn.functional.linear(nn.functional.linear(dropped_MK, self.lora_A), self.lora_B)
-        return torch.add(self.base_layer(x_MK), update_MN, alpha=self.scale)
+    def forward(self, x: torch.Tensor, siblings: Sequence[LoraLinear] = ()) -> Any:
+        """x [..., K] → [..., N]; with siblings, which share x, the list of all their outputs."""
+        if self.backend == OFF or self.scale == 0:
+            return [layer.plain(x) for layer in (self, *siblings)] if siblings else self.plain(x)
+        layers = (self, *siblings)
+        ys = lora_linear(
+            x,
+            [layer.base_layer.weight for layer in layers],
+            [layer.lora_A for layer in layers],
+            [layer.lora_B for layer in layers],
+            [layer.scale for layer in layers],
+            biases=[layer.base_layer.bias for layer in layers],
+            dropout=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return ys if siblings else ys[0]
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scale == 0:  # x + 0 · update
+            return self.base_layer(x)
+        kept = x
+        if self.dropout and self.training:
+            rows, seed = x.reshape(-1, x.shape[-1]), int(draw_seeds(1))
+            kept = dropped(rows, 0, seed, self.dropout).view(x.shape)
+        update = nn.functional.linear(nn.functional.linear(kept, self.lora_A), self.lora_B)
+        return torch.add(self.base_layer(x), update, alpha=self.scale)
+
+    def joins(self, other: LoraLinear) -> bool:
+        """Whether the two can be one call of the op, where they share x."""
+        return (
+            OFF != self.backend == other.backend
+            and self.rank == other.rank
+            and self.dropout == other.dropout
+        )
 
     def merged_weight(self) -> torch.Tensor:
         """W + scale · B A → [N, K] in W's dtype; the product and the sum in float64."""
         update_NK = self.lora_B.double() @ self.lora_A.double()
         weight_NK = self.base_layer.weight
         return (weight_NK.double() + self.scale * update_NK).to(weight_NK.dtype)
+
+
+def project(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs of linear layers that share x; the adapted ones among them in one op."""
+    adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
+    if len(adapted) < 2 or not all(adapted[0].joins(layer) for layer in adapted[1:]):
+        return [layer(x) for layer in layers]
+    joint = iter(adapted[0](x, siblings=adapted[1:]))
+    return [next(joint) if isinstance(layer, LoraLinear) else layer(x) for layer in layers]
 
 
 def _mix(seed: int, name: str) -> int:

@@ -1,0 +1,37 @@
+"""Decoder layers whose residual additions go with the norm that follows them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+
+class Parts(nn.Module if TYPE_CHECKING else object):
+    input_layernorm: Any
+    self_attn: Any
+    post_attention_layernorm: Any
+    pre_feedforward_layernorm: Any
+    post_feedforward_layernorm: Any
+    mlp: Any
+
+
+class PreNormLayer(Parts):
+    """Llama's: a norm before attention and one before the feed-forward layer."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        # By position: DeepSpeed sees only such inputs, and gives parameters back by them.
+        output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        normed, residual = self.post_attention_layernorm(output, hidden_states)
+        return residual + self.mlp(normed)
+
+
+class SandwichLayer(Parts):
+    """Gemma 2's and 3's: norms before and after both."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        output = self.post_attention_layernorm(output)
+        normed, residual = self.pre_feedforward_layernorm(output, hidden_states)
+        return residual + self.post_feedforward_layernorm(self.mlp(normed))
