@@ -105,24 +105,33 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 DRY_KEYS = (
-    "op", "direction", "dtype", "target", "registers", "spills", "shared_bytes", "mma",
+    "op", "direction", "variant", "dtype", "target", "registers", "spills", "shared_bytes", "mma",
     "traffic_ratio", "bound_low", "bound_high",
 )  # fmt: skip
 
 
-def dry(ops: Sequence[str], files: Files, say: Say) -> dict[str, Any]:
-    """Rungs 4 to 6 of the proof ladder, no GPU needed → {"rows": [...]} with DRY_KEYS each."""
-    from trimpot.kernels.proof import ladder  # pyright: ignore[reportAttributeAccessIssue]
+def dry(ops: Sequence[str], files: Files, say: Say) -> tuple[dict[str, Any], int]:
+    """Rungs 4 to 6 of the proof ladder, no GPU needed → ({"rows": [...]} with DRY_KEYS each, exit
+    code): 1 where a limit is broken, which `say` tells."""
+    from trimpot.kernels.proof import ladder
 
-    rows = [{key: row[key] for key in DRY_KEYS} for row in ladder.dry_rows(ops, say)]
+    found = ladder.dry_rows(ops, say)
+    complaints = [text for row in found for text in row["complaints"]]
+    for text in complaints:
+        say(text)
+    result = {"rows": [{key: row[key] for key in DRY_KEYS} for row in found]}
+    if files.json and files.json != "-":
+        write_json(Path(files.json), result)
+    return result, int(bool(complaints))
+
+
+def prove(ops: Sequence[str], files: Files, say: Say) -> tuple[dict[str, Any], int]:
+    """Rung 7: compiled kernels on a GPU, right first, then timed → ({"rows": [...]} as gpu.py
+    makes them, exit code): 1 where one is wrong. Raises BackendError without a GPU."""
+    from trimpot.kernels.proof import ladder
+
+    rows = ladder.prove(ops, say)
     result = {"rows": rows}
     if files.json and files.json != "-":
         write_json(Path(files.json), result)
-    return result
-
-
-def prove(ops: Sequence[str], say: Say) -> None:
-    """Rung 7's first half: the compiled kernels are right. Raises BackendError without a GPU."""
-    from trimpot.kernels.proof import ladder  # pyright: ignore[reportAttributeAccessIssue]
-
-    ladder.prove(ops, say)
+    return result, int(not all(row["right"] for row in rows))

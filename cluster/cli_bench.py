@@ -35,7 +35,7 @@ def _show(renderable: Any) -> None:
 
 def _progress(text: str) -> None:
     """To stderr: stdout is the result's."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    sys.stderr.write(f"{text}\n")  # in one piece: ops are proven by several threads
 
 
 @bench.command("launch")
@@ -90,7 +90,7 @@ def kernels(
         bool, typer.Option("--dry", help="No timing: compile for GPUs, count traffic, model.")
     ] = False,
     prove: Annotated[
-        bool, typer.Option("--prove", help="On a GPU: check the compiled kernels, then time.")
+        bool, typer.Option("--prove", help="On a GPU: are the compiled kernels right? Then times.")
     ] = False,
 ) -> None:
     """Our kernels against torch, torch.compile, PEFT and Liger: checked first, then timed."""
@@ -98,10 +98,15 @@ def kernels(
 
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch comes in
     files = work.Files(json_path, csv, plots, html)
-    if dry:
-        rows = work.dry(work.split(op), files, _progress)
-        _tell(rows, work.report.dry_table(rows["rows"]), json_path)
-        return
+    if dry or prove:
+        step, table = (
+            (work.dry, work.report.dry_table) if dry else (work.prove, work.report.proof_table)
+        )
+        result, code = step(work.split(op), files, _progress)
+        _show(table(result["rows"]))
+        if json_path == "-":
+            _emit(result)
+        raise typer.Exit(code)
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device {device} is not known; give cpu or cuda")
     values = {
@@ -116,9 +121,6 @@ def kernels(
         "repeats": repeats,
         "tokens": tokens,
     }
-    if prove:
-        work.prove(work.split(op), _progress)
-        values["device"] = "cuda"
     result, changes, code = work.run(values, compare, fail_under, files, _progress)
     _tell(result, work.report.rows_table(result["rows"]), json_path)
     if changes and json_path != "-":

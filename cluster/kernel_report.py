@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from trimpot.cluster.kernel_plots import draw_all
@@ -69,6 +70,24 @@ def dry_table(rows: Sequence[Row]) -> Table:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*("–" if row[name] is None else str(row[name]) for name in names))
+    return table
+
+
+def proof_table(rows: Sequence[Row]) -> Table:
+    """Rung 7 of the proof ladder: what is right on this GPU, and how fast that is."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("op", "direction", "variant", "dtype", "p20", "p50", "p80", "GB/s", "of roofline",
+                 "x torch", "", "gpu"):  # fmt: skip
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        numbers, verdict = ["–"] * 6, f"[red]WRONG[/] {escape(row['why'])}"
+        if row["right"]:
+            verdict = "right"
+            numbers = [f"{row[name] * 1e6:.1f} us" for name in ("p20_s", "p50_s", "p80_s")]
+            numbers += [f"{row['bandwidth'] / 1e9:.0f}", f"{row['roofline']:.0%}"]
+            numbers.append(f"{row['ratio']:.2f}")
+        what = (row[name] for name in ("op", "direction", "variant", "dtype"))
+        table.add_row(*what, *numbers, verdict, row["gpu"])
     return table
 
 

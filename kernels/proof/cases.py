@@ -110,7 +110,8 @@ class Case:
     has_dot: bool = False
     """Tensor-core instructions must appear."""
     wide_loads: bool = False
-    """A streaming kernel: every vector load of the `large` launch must be 128 bits wide."""
+    """A streaming kernel: three quarters of the bits that it loads must come 128 at a time (the
+    rest is what a row has one of, and short tables)."""
     in_place: tuple[str, ...] = ()
     """Arguments that the op writes into: they are results, before what it returns."""
     variant: str = ""
@@ -124,6 +125,24 @@ def call(case: Case, backend: str, arguments: Mapping[str, Any]) -> list[torch.T
     returned = function(**arguments)
     written = [arguments[name] for name in case.in_place]
     return [t for t in _flat([*written, returned]) if t.numel()]
+
+
+def identity(case: Case, dtype: str) -> dict[str, str]:
+    """By which rows of different rungs are matched."""
+    return {
+        "op": case.op, "direction": case.direction, "variant": case.variant, "dtype": dtype,
+    }  # fmt: skip
+
+
+def attempted(
+    case: Case, dtype: str, row_of: Callable[[Case, str], dict[str, Any]]
+) -> dict[str, Any]:
+    """The case's row; of a case that raises, one that says so: the others shall have theirs."""
+    try:
+        return {**identity(case, dtype), **row_of(case, dtype)}
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return {**identity(case, dtype), "failed": f"{type(error).__name__}: {lines[-1].strip()}"}
 
 
 def _flat(value: Any) -> list[torch.Tensor]:
@@ -146,18 +165,21 @@ def in_float64(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def ops() -> tuple[str, ...]:
-    """Ops whose Triton module states cases. Imports triton."""
+def named() -> tuple[str, ...]:
+    """Ops whose Triton module states cases; read from the files, without importing triton."""
     folder = Path(__file__).parent.parent
-    names = (path.stem for path in sorted((folder / "triton").glob("*.py")))
-    named = [name for name in names if (folder / "ops" / f"{name}.py").exists()]
-    return tuple(op for op in named if hasattr(implementation(op, "triton"), "proof_cases"))
+    return tuple(
+        path.stem
+        for path in sorted((folder / "triton").glob("*.py"))
+        if (folder / "ops" / path.name).exists()
+        and "\ndef proof_cases() ->" in path.read_text(encoding="utf-8")
+    )
 
 
 def cases(wanted: tuple[str, ...] | None = None) -> list[Case]:
     """All cases, or those of the `wanted` ops. Imports triton."""
     return [
         case
-        for op in (ops() if wanted is None else wanted)
+        for op in (named() if wanted is None else wanted)
         for case in implementation(op, "triton").proof_cases()
     ]

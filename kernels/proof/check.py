@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from trimpot.kernels.proof.cases import Case, Sizes, call, cases, in_float64, maker
+from trimpot.kernels.proof.cases import Case, Sizes, attempted, call, cases, in_float64, maker
 
 
 def comparisons(
@@ -65,7 +65,8 @@ def copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def interpreted_row(case: Case, dtype: str) -> dict[str, Any]:
-    """Runs the case under the interpreter: errors, bytes by kernel, ratio to the budget, faults."""
+    """What a row says of the case under the interpreter: errors, bytes by kernel, ratio to the
+    budget, faults."""
     from trimpot.kernels.proof.traffic import Counted, counting
 
     counts: list[Counted] = []
@@ -86,7 +87,7 @@ def interpreted_row(case: Case, dtype: str) -> dict[str, Any]:
     size = maker(dtype).dtype.itemsize
     moved = sum(kernel["bytes"] for kernel in kernels.values())
     return {
-        **identity(case, dtype),
+        "wide_loads": case.wide_loads,
         "results": results,
         "right": all(result["right"] for result in results),
         "traffic_ratio": moved / case.budget(case.small, size),
@@ -95,17 +96,10 @@ def interpreted_row(case: Case, dtype: str) -> dict[str, Any]:
     }
 
 
-def identity(case: Case, dtype: str) -> dict[str, str]:
-    """By which rows of different rungs are matched."""
-    return {
-        "op": case.op, "direction": case.direction, "variant": case.variant, "dtype": dtype,
-    }  # fmt: skip
-
-
 def main(wanted: list[str]) -> None:
     """Writes the rows of the `wanted` ops, or of all."""
     rows = [
-        interpreted_row(case, dtype)
+        attempted(case, dtype, interpreted_row)
         for case in cases(tuple(wanted) or None)
         for dtype in case.dtypes
     ]

@@ -1,4 +1,6 @@
-"""Compiles recorded launches for GPUs that are not here, through the runtime's own path.
+"""Rung 4: compiles recorded launches for GPUs that are not here, through the runtime's own path.
+
+    python -m trimpot.kernels.proof.compile TARGET DTYPE,DTYPE… [OP ...]      # rows as JSON
 
 Triton asks its driver which GPU there is; `on_target` answers for one that is only described.
 What comes out is what the runtime would make on that GPU for the same arguments, down to the cache
@@ -11,7 +13,11 @@ TRITON_INTERPRET must not be set: an interpreting process can't compile.
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +27,7 @@ from triton.runtime.jit import MockTensor
 
 from trimpot.kernels.errors import BackendError
 from trimpot.kernels.proof import sass
-from trimpot.kernels.proof.cases import Case, call, maker
+from trimpot.kernels.proof.cases import Case, attempted, call, cases, maker
 from trimpot.kernels.triton.launch import Launch, interpreted, recording
 
 TARGETS = {
@@ -79,5 +85,39 @@ def recorded(case: Case, dtype: str) -> list[Launch]:
 def compiled(launch: Launch) -> sass.Code:
     """The launch's kernel, compiled for the target in force and read."""
     args = [MockTensor(a.dtype) if isinstance(a, torch.Tensor) else a for a in launch.args]
-    options = launch.options(driver.active.get_current_target().warp_size)
-    return sass.read(launch.kernel.warmup(*args, grid=launch.grid, **options))
+    target: Any = driver.active.get_current_target()
+    return sass.read(
+        launch.kernel.warmup(*args, grid=launch.grid, **launch.options(target.warp_size))
+    )
+
+
+def compiled_row(case: Case, dtype: str) -> dict[str, Any]:
+    """What a row says of the target in force: each launch's code and how many programs it has."""
+    launches = [
+        {"programs": math.prod(launch.grid), "code": compiled(launch).as_dict()}
+        for launch in recorded(case, dtype)
+    ]
+    size = maker(dtype).dtype.itemsize
+    return {
+        "has_dot": case.has_dot,
+        "wide_loads": case.wide_loads,
+        "budget": case.budget(case.large, size),
+        "flops": case.flops(case.large),
+        "launches": launches,
+    }
+
+
+def main(target: str, dtypes: str, *wanted: str) -> None:
+    """Writes a row for each case and dtype of the `wanted` ops, or of all."""
+    with on_target(target):
+        rows = [
+            {"target": target, **attempted(case, dtype, compiled_row)}
+            for case in cases(wanted or None)
+            for dtype in case.dtypes
+            if dtype in dtypes.split(",")
+        ]
+    json.dump(rows, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

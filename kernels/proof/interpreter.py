@@ -22,6 +22,7 @@ import numpy as np
 import triton
 import triton.language as tl
 import triton.runtime.interpreter as shipped
+from triton import knobs
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from trimpot.kernels.errors import BackendError
@@ -44,7 +45,7 @@ def enable() -> None:
     global _enabled
     if _enabled:
         return
-    if not interpreted() or not triton.knobs.runtime.interpret:
+    if not interpreted() or not knobs.runtime.interpret:
         raise BackendError("TRITON_INTERPRET is not 1; set it before Python starts")
     if not triton.__version__.startswith(VERSION):
         raise BackendError(

@@ -8,10 +8,12 @@ instructions.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,23 @@ class Code:
     load_bits: dict[int, int]
     """Global loads and asynchronous copies to shared memory: how many of each width."""
     instructions: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Code:
+        """From what `as_dict` gave, also after a round trip through JSON."""
+        known = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        load_bits = {int(width): n for width, n in known.pop("load_bits").items()}
+        return cls(**known, load_bits=load_bits)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "wide_share": self.wide_share}
+
+    @property
+    def wide_share(self) -> float:
+        """Of the bits that all loads fetch: those that come 128 or more at a time."""
+        bits = sum(width * n for width, n in self.load_bits.items())
+        wide = sum(width * n for width, n in self.load_bits.items() if width >= 128)
+        return wide / bits if bits else 1.0
 
 
 def read(kernel: Any) -> Code:

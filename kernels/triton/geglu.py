@@ -19,4 +19,4 @@ def backward(
 
 
 def proof_cases() -> list[Case]:
-    return glu.proof_cases("geglu")
+    return glu.cases_of("geglu")

@@ -110,7 +110,7 @@ def _split(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], tuple[int, ...],
     return rows, (count * blocks,), columns, blocks
 
 
-def proof_cases(op: str) -> list[Case]:
+def cases_of(op: str) -> list[Case]:
     large, small = {"M": 8192, "N": 14336}, {"M": 8, "N": 3072}
 
     def operands(make: Maker, n: Sizes) -> dict[str, torch.Tensor]:

@@ -19,4 +19,4 @@ def backward(
 
 
 def proof_cases() -> list[Case]:
-    return glu.proof_cases("swiglu")
+    return glu.cases_of("swiglu")

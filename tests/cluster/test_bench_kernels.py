@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import csv
+import importlib
+import importlib.util
 import json
 import re
 import sys
@@ -19,7 +21,6 @@ from trimpot.cluster.bench_kernels import DRY_KEYS, exit_code
 from trimpot.cluster.kernel_plots import draw_all
 from trimpot.kernels.bench import measure, roofline
 from trimpot.kernels.bench.stats import Change
-from trimpot.kernels.errors import BackendError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = ("--op", "swiglu", "--shape", "T", "--tokens", "16", "--repeats", "2",
@@ -150,18 +151,13 @@ def test_plots_of_nothing() -> None:
 @pytest.fixture
 def ladder(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A proof ladder that answers at once; the real one compiles for minutes."""
-    from trimpot.kernels import proof
-
     module: Any = ModuleType("trimpot.kernels.proof.ladder")
-    row: dict[str, Any] = dict.fromkeys(DRY_KEYS) | {"op": "swiglu", "spills": 0, "extra": 1}
+    row: dict[str, Any] = dict.fromkeys(DRY_KEYS) | {"op": "swiglu", "spills": 0, "complaints": []}
     module.dry_rows = lambda ops, say: [row | {"target": "sm_90"}, row | {"target": "gfx942"}]
-
-    def prove(ops: Any, say: Any) -> None:
-        raise BackendError("--prove wants a GPU, and there is none here")
-
-    module.prove = prove
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(proof, "ladder", module, raising=False)
+    monkeypatch.setattr(
+        importlib.import_module("trimpot.kernels.proof"), "ladder", module, raising=False
+    )
     return module
 
 
@@ -175,12 +171,60 @@ def test_dry_rows_have_exactly_their_keys(
     assert "sm_90" in capsys.readouterr().out
 
 
-def test_prove_without_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ladder: ModuleType
+def test_dry_tells_of_broken_limits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ladder: Any
 ) -> None:
-    assert trimpot(monkeypatch, *SMALL, "--prove") == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and "GPU" in err and err.count("\n") == 1
+    row = dict.fromkeys(DRY_KEYS) | {"complaints": ["swiglu forward bf16 sm_90: f spills 8"]}
+    ladder.dry_rows = lambda ops, say: [row]
+    assert trimpot(monkeypatch, "--dry") == 1
+    assert "f spills 8" in capsys.readouterr().err
+
+
+RIGHT = {
+    "op": "swiglu", "direction": "forward", "variant": "", "dtype": "bf16", "gpu": "H100",
+    "right": True, "why": "", "p20_s": 1e-5, "p50_s": 2e-5, "p80_s": 3e-5, "bandwidth": 2e12,
+    "roofline": 0.9, "ratio": 2.5,
+}  # fmt: skip
+WRONG = {**dict.fromkeys(RIGHT), **{k: RIGHT[k] for k in ("op", "direction", "variant", "gpu")}}
+WRONG |= {"dtype": "fp16", "right": False, "why": "large result 0: error 1.0, allowed 0.1 [m]"}
+
+
+def test_prove_keeps_the_gpu_beside_times(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    ladder: Any,
+) -> None:
+    ladder.prove = lambda ops, say: [RIGHT]
+    assert trimpot(monkeypatch, "--prove", "--json", str(tmp_path / "rows.json")) == 0
+    assert json.loads((tmp_path / "rows.json").read_text()) == {"rows": [RIGHT]}
+    out = capsys.readouterr().out
+    assert "20.0 us" in out and "90%" in out and "2.50" in out and "H100" in out
+    ladder.prove = lambda ops, say: [RIGHT, WRONG]
+    assert trimpot(monkeypatch, "--prove", "--json", "-") == 1
+    *table, line = capsys.readouterr().out.splitlines()
+    assert any("WRONG" in row and "allowed 0.1 [m]" in row for row in table)
+    assert json.loads(line) == {"rows": [RIGHT, WRONG]}
+
+
+def test_what_can_not_be_proven_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def line_of(*options: str) -> str:
+        assert trimpot(monkeypatch, *options) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1
+        return err
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "sees none here" in line_of("--prove", "--op", "swiglu")
+    for rung in ("--dry", "--prove"):
+        assert "'silu' has no Triton kernels; adamw_step, " in line_of(rung, "--op", "swiglu,silu")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name)
+    )
+    assert "triton is not installed" in line_of("--dry")
 
 
 def test_lists_are_split() -> None:

@@ -1,0 +1,97 @@
+"""What rungs 3 to 6 forbid, and the exceptions from that: each limit stands here and nowhere else.
+
+`of_counted`, `of_compiled` and `of_window` judge one row of their rung; each gives what is wrong
+with it, by kind: {"spills": "rope_forward spills 12"}. Nothing wrong is {}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Row = Mapping[str, Any]
+Complaints = dict[str, str]
+
+MOST_TRAFFIC = 1.05
+"""Bytes moved over the budget."""
+MOST_READ_AGAIN = 1.3
+"""Of a streaming kernel: bytes asked for by all programs over those that must cross the bus. The
+0.3 is the norm's weight, which each program asks for again: 1.25 for two rows a program."""
+LEAST_WIDE = 0.75
+"""Of a streaming kernel's loaded bits: those that come 128 or more at a time."""
+STREAMING_REGISTERS = 128
+"""Of a streaming kernel, per thread: 512 threads of 128 fill a processor's 65,536."""
+REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
+"""What a thread can have."""
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""What a program can have."""
+TARGETS = tuple(REGISTERS)
+
+EXCEPTIONS: dict[tuple[str, str], str] = {}
+"""(the row's name as `named` gives it, kind) → why that is allowed, with the measured number."""
+
+
+def key(row: Row) -> tuple[str, ...]:
+    """By which rows of different rungs are matched."""
+    return tuple(row[part] for part in ("op", "direction", "variant", "dtype"))
+
+
+def named(row: Row) -> str:
+    """A row in words: its op, direction, variant, dtype and target, as far as it has them."""
+    return " ".join(filter(None, (*key(row), row.get("target", ""))))
+
+
+def unexcused(row: Row, complaints: Complaints) -> Complaints:
+    return {kind: text for kind, text in complaints.items() if (named(row), kind) not in EXCEPTIONS}
+
+
+def of_counted(row: Row) -> Complaints:
+    """Rungs 3 and 5."""
+    if "failed" in row:
+        return {"wrong": row["failed"]}
+    found: Complaints = {}
+    if off := [(i, r) for i, r in enumerate(row["results"]) if not r["right"]]:
+        at, result = off[0]
+        found["wrong"] = (
+            f"result {at} is off by {result['error']:.2e}, {result['allowed']:.2e} is allowed"
+        )
+    if row["faults"]:
+        found["fault"] = f"{row['faults'][0]} ({len(row['faults'])} in all)"
+    if row["traffic_ratio"] > MOST_TRAFFIC:
+        found["traffic"] = f"moves {row['traffic_ratio']:.3f} of the budget, not {MOST_TRAFFIC}"
+    for name, kernel in row["kernels"].items():
+        again = kernel["total_bytes"] / max(kernel["bytes"], 1)
+        if row["wide_loads"] and again > MOST_READ_AGAIN:
+            found["again"] = f"{name} asks {again:.2f} times for what it needs once"
+    return found
+
+
+def of_compiled(row: Row) -> Complaints:
+    """Rung 4."""
+    if "failed" in row:
+        return {"compile": row["failed"]}
+    found: Complaints = {}
+    target = row["target"]
+    registers = REGISTERS[target]
+    if row["wide_loads"]:
+        registers = min(registers, STREAMING_REGISTERS)
+    for code in (launch["code"] for launch in row["launches"]):
+        name = code["name"]
+        if code["spills"]:
+            found["spills"] = f"{name} spills {code['spills']}"
+        if code["registers"] > registers:
+            found["registers"] = f"{name} has {code['registers']} registers, not {registers}"
+        if code["shared_bytes"] > SHARED_BYTES[target]:
+            found["shared"] = (
+                f"{name} has {code['shared_bytes']} B of shared memory, not {SHARED_BYTES[target]}"
+            )
+        if row["wide_loads"] and code["wide_share"] < LEAST_WIDE:
+            found["wide"] = f"{name} loads {code['wide_share']:.0%} of its bits 128 at a time"
+    if row["has_dot"] and not any(launch["code"]["tensor_core"] for launch in row["launches"]):
+        found["mma"] = "no kernel has tensor-core instructions"
+    return found
+
+
+def of_window(low: float, high: float) -> Complaints:
+    """Rung 6."""
+    return {} if 0 < low <= high <= 1 else {"window": f"the model says {low} to {high}"}
