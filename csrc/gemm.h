@@ -37,7 +37,7 @@ struct Pack {
     std::int64_t blocks;    // along K
     std::int16_t* q;        // [panels][blocks][block / 2][32][2]
     float* row_scale;       // r [32 panels]; 0 in padding
-    float* column_scale;    // c [K]
+    float* column_scale;    // c [K]; 0 of a column of zeros
     float* limit;           // [blocks] norm that a block of x·c may have
     float* gradient_limit;  // [⌈32 panels / 256⌉] norm that a block of dY·r may have
 };

@@ -197,17 +197,23 @@ static void column_scales(const Pack* packs, const Matrix* weights, int count) {
     for (int w = 0; w < count; ++w) total += packs[w].rows;
 #pragma omp parallel for schedule(static)
     for (std::int64_t strip = 0; strip < ceil_div(depth, 256); ++strip) {
-        float sums[256] = {}, buffer[256];
+        float sums[256] = {}, most[256] = {}, buffer[256];
         const std::int64_t from = strip * 256, width = least(256, depth - from);
         for (int w = 0; w < count; ++w) {
             for (std::int64_t n = 0; n < packs[w].rows; ++n) {
                 read_row(weights[w], n, from, width, nullptr, buffer, 256);
-                for (int i = 0; i < 256; ++i) sums[i] += buffer[i] * buffer[i];
+                for (int i = 0; i < 256; ++i) {
+                    const float size = buffer[i] < 0 ? -buffer[i] : buffer[i];
+                    sums[i] += size * size;
+                    most[i] = size > most[i] ? size : most[i];
+                }
             }
         }
         for (std::int64_t i = 0; i < width; ++i) {
             const float c = std::sqrt(sums[i] / static_cast<float>(total));
-            packs[0].column_scale[from + i] = c > 1e-18f && c < 1e18f ? c : 1;
+            // A column of zeros counts for nothing: at 1 it would drown the others in x·c.
+            const float otherwise = c == 0 && most[i] == 0 ? 0 : 1;
+            packs[0].column_scale[from + i] = c > 1e-18f && c < 1e18f ? c : otherwise;
         }
     }
 }
@@ -329,7 +335,8 @@ static bool pack_weights(const Pack* packs, const Matrix* weights, int count) {
     column_scales(packs, weights, count);
     const Floats inverse(packs[0].depth);
     for (std::int64_t k = 0; k < packs[0].depth; ++k) {
-        inverse.data[k] = 1 / packs[0].column_scale[k];
+        const float c = packs[0].column_scale[k];
+        inverse.data[k] = c != 0 ? 1 / c : 1;
     }
     bool finite = true;
     for (int w = 0; w < count; ++w) {
