@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ def implementation(op: str, backend: str) -> Any:
     name, _, variant = backend.partition(":")
     if name not in FOLDERS:
         raise BackendError(f"{op} has no backend {backend!r}; it has {', '.join(FOLDERS)}, or auto")
-    module = importlib.import_module(f"trimpot.kernels.{FOLDERS[name]}.{op}")
+    where = f"trimpot.kernels.{FOLDERS[name]}.{op}"
+    if importlib.util.find_spec(where) is None:
+        raise BackendError(f"{op} has no {name} kernel yet; use auto to take what there is")
+    module = importlib.import_module(where)
     if not variant:
         return module
     if not hasattr(module, "variant"):
