@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from trimpot.kernels import native
-from trimpot.kernels.cpp import gemm, rates
+from trimpot.kernels.cpp import gemm, rates, tensors
 
 CHUNK_BYTES = 32 << 20
 """Of a chunk's fp32 logits: 154 rows at V = 49,152. Its integer copy takes half as much again."""
@@ -26,13 +26,16 @@ def chunks(rows: int, vocabulary: int) -> Iterator[slice]:
 
 
 class Head:
-    """W [V, H] as it is used in one call. `frozen`: a pack of it may be kept."""
+    """W [V, H] as `op` uses it in one call, with h. `frozen`: a pack of it may be kept."""
 
-    def __init__(self, weight: torch.Tensor, arithmetic: str, dtype: torch.dtype, frozen: bool):
+    def __init__(
+        self, op: str, h: torch.Tensor, weight: torch.Tensor, arithmetic: str, frozen: bool
+    ):
+        tensors.check(op, h)
         self.weight = gemm.readable(weight)
         vocabulary, hidden = weight.shape
         self.group = None
-        if rates.choose(arithmetic, dtype, hidden, vocabulary) == "int16":
+        if rates.choose(arithmetic, h.dtype, hidden, vocabulary) == "int16":
             self.group = gemm.packed([weight]) if frozen else gemm.pack_weights([weight])
         elif self.weight.dtype != torch.float32:
             self.weight = self.weight.float()

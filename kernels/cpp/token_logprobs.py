@@ -8,6 +8,7 @@ import torch
 
 from trimpot.kernels.cpp.head import Head, softmax_loss
 from trimpot.kernels.ops import token_logprobs as definition
+from trimpot.kernels.ops.logits import trained
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,18 @@ class TokenLogprobs:
         """→ (logp [M], lse [M]), fp32."""
         if softcap and temperature != 1:  # two scalings: the loss kernel has one
             return definition.forward(h, weight, labels, ignore_index, softcap, temperature)
-        head = Head(weight, self.arithmetic, h.dtype, frozen=not weight.requires_grad)
-        logp, lse = torch.empty(h.shape[0]), torch.empty(h.shape[0])
-        for rows, _, z in head.logits(_cooled(h, temperature)):
-            loss, lse[rows] = softmax_loss(
-                z, labels[rows], None, ignore_index, 0.0, 0.0, softcap, False
+        head = Head(definition.OP, h, weight, self.arithmetic, frozen=not weight.requires_grad)
+        logp, lse = torch.zeros(h.shape[0]), torch.zeros(h.shape[0])
+        rows = trained(labels, ignore_index)
+        if rows is not None:
+            h, labels = h[rows], labels[rows]
+        for cut, _, z in head.logits(_cooled(h, temperature)):
+            at = cut if rows is None else rows[cut]
+            loss, lse[at] = softmax_loss(
+                z, labels[cut], None, ignore_index, 0.0, 0.0, softcap, False
             )
-            logp[rows] = -loss
-        return logp, lse.where(labels != ignore_index, 0)
+            logp[at] = -loss
+        return logp, lse
 
     def backward(
         self,
@@ -55,16 +60,22 @@ class TokenLogprobs:
             return definition.backward(
                 g, h, weight, labels, lse, ignore_index, softcap, temperature, need_dh, need_dw
             )
-        head = Head(weight, self.arithmetic, h.dtype, frozen=not need_dw)
+        head = Head(definition.OP, h, weight, self.arithmetic, frozen=not need_dw)
+        rows = trained(labels, ignore_index)
+        h_all = h
+        if rows is not None:
+            g, h, labels = g[rows], h[rows], labels[rows]
         dh = torch.empty(h.shape if need_dh else 0)
         dw = torch.zeros(weight.shape if need_dw else 0)
         down = -g.float() / temperature
-        for rows, _, z in head.logits(_cooled(h, temperature)):
-            softmax_loss(z, labels[rows], down[rows], ignore_index, 0.0, 0.0, softcap, True)
+        for cut, _, z in head.logits(_cooled(h, temperature)):
+            softmax_loss(z, labels[cut], down[cut], ignore_index, 0.0, 0.0, softcap, True)
             if need_dh:
-                head.input_gradient(z, dh[rows])
+                head.input_gradient(z, dh[cut])
             if need_dw:
-                dw.addmm_(z.T, h[rows].float())
+                dw.addmm_(z.T, h[cut].float())
+        if rows is not None and need_dh:
+            dh = torch.zeros(h_all.shape).index_copy_(0, rows, dh)
         return dh.to(h.dtype), dw.to(weight.dtype)
 
 

@@ -22,7 +22,7 @@ import torch
 from trimpot.kernels.errors import KernelError
 from trimpot.kernels.ops import logits
 from trimpot.kernels.ops.implementation import implementation, resolve
-from trimpot.kernels.ops.opmath import opmath
+from trimpot.kernels.ops.opmath import as_given, in_working_type, opmath
 
 OP = "linear_cross_entropy"
 
@@ -55,7 +55,7 @@ def linear_cross_entropy(
             f"{OP}: label_smoothing is {label_smoothing}, softcap {softcap}; 0 … 1 and 0 or more "
             "are wanted"
         )
-    h_MH = logits.in_working_type(h).reshape(-1, h.shape[-1])
+    h_MH = in_working_type(h).reshape(-1, h.shape[-1])
     grad = torch.is_grad_enabled()
     loss, _, _ = _op(
         h_MH,
@@ -130,7 +130,10 @@ def forward(
         if need_dh:
             dh[at] = dz @ matrix
         if need_dw:
-            dw += dz.T @ h[at]
+            part = h[at]
+            if rows is None:
+                part = logits.counted(part, labels[at], ignore_index)
+            dw += dz.T @ part
     return torch.cat(losses).sum(), dh, dw.to(weight.dtype)
 
 
@@ -182,10 +185,11 @@ def _op(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     chosen = implementation(OP, resolve(OP, backend, h))
-    return chosen.forward(
-        h, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap,
-        need_dh, need_dw,
-    )  # fmt: skip
+    with as_given(h.device):
+        return chosen.forward(
+            h, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap,
+            need_dh, need_dw,
+        )  # fmt: skip
 
 
 @_op.register_fake

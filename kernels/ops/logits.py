@@ -54,6 +54,12 @@ def trained(labels: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
     return None if bool(counts.all()) else counts.nonzero().squeeze(1)
 
 
+def counted(h_CH: torch.Tensor, labels_C: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """h for dW = dzᵀ h of rows that `trained` did not choose: zeros where the label does not
+    count, since there a NaN of h times dz = 0 would be a NaN."""
+    return h_CH.where((labels_C != ignore_index)[:, None], 0)
+
+
 def check(op: str, h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> None:
     fits = weight.dim() == 2 and h.dim() >= 1 and h.shape[-1] == weight.shape[1]
     if not fits or labels.shape != h.shape[:-1]:
@@ -61,11 +67,5 @@ def check(op: str, h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) 
             f"{op}: h is {tuple(h.shape)}, weight {tuple(weight.shape)}, labels "
             f"{tuple(labels.shape)}; [..., H], [V, H] and [...] are wanted"
         )
-
-
-def in_working_type(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in autocast's type where that is on: what a matrix product would do with it."""
-    kind = tensor.device.type
-    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
+    if labels.dtype != torch.int64:
+        raise KernelError(f"{op}: labels are {labels.dtype}; torch.int64 is wanted")

@@ -17,3 +17,19 @@ def promoted(*tensors: torch.Tensor) -> list[torch.Tensor]:
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return [tensor.to(dtype) for tensor in tensors]
+
+
+def in_working_type(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in autocast's type where that is on: what a matrix product would do with it."""
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensor
+    if tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
+
+
+def as_given(device: torch.device) -> torch.autocast:
+    """Inside, products are of the type of their operands: `in_working_type` has seen to autocast,
+    and backends read memory as the type that they asked for."""
+    return torch.autocast(device.type, enabled=False)

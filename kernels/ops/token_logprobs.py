@@ -20,7 +20,7 @@ import torch
 from trimpot.kernels.errors import KernelError
 from trimpot.kernels.ops import logits
 from trimpot.kernels.ops.implementation import implementation, resolve
-from trimpot.kernels.ops.opmath import opmath
+from trimpot.kernels.ops.opmath import as_given, in_working_type, opmath
 
 OP = "token_logprobs"
 
@@ -45,7 +45,7 @@ def token_logprobs(
             f"{OP}: temperature is {temperature}, softcap {softcap}; more than 0 and 0 or more "
             "are wanted"
         )
-    h_MH = logits.in_working_type(h).reshape(-1, h.shape[-1])
+    h_MH = in_working_type(h).reshape(-1, h.shape[-1])
     logp, _ = _op(h_MH, weight, labels.reshape(-1), ignore_index, softcap, temperature, backend)
     return logp.view(labels.shape)
 
@@ -122,7 +122,10 @@ def backward(
         if need_dh:
             dh[at] = dz @ matrix
         if need_dw:
-            dw += dz.T @ h[at]
+            part = h[at]
+            if rows is None:
+                part = logits.counted(part, labels[at], ignore_index)
+            dw += dz.T @ part
     return dh, dw.to(weight.dtype)
 
 
@@ -137,7 +140,8 @@ def _op(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     chosen = implementation(OP, resolve(OP, backend, h))
-    return chosen.forward(h, weight, labels, ignore_index, softcap, temperature)
+    with as_given(h.device):
+        return chosen.forward(h, weight, labels, ignore_index, softcap, temperature)
 
 
 @_op.register_fake
@@ -161,9 +165,10 @@ def _backward_op(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     chosen = implementation(OP, resolve(OP, backend, h))
-    return chosen.backward(
-        g, h, weight, labels, lse, ignore_index, softcap, temperature, need_dh, need_dw
-    )
+    with as_given(h.device):
+        return chosen.backward(
+            g, h, weight, labels, lse, ignore_index, softcap, temperature, need_dh, need_dw
+        )
 
 
 @_backward_op.register_fake
