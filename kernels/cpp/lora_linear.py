@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trimpot.kernels.cpp import gemm, rates
+from trimpot.kernels.cpp import gemm, rates, tensors
 from trimpot.kernels.cpp.gemm import Group, Update
 from trimpot.kernels.ops import lora_linear as definition
 
@@ -81,6 +81,7 @@ class LoraLinear:
         return dx.to(x.dtype), das, dbs
 
     def _take(self, x: torch.Tensor, weights: Tensors) -> tuple[str, Group | None]:
+        tensors.check("lora_linear", x)
         outputs = sum(weight.shape[0] for weight in weights)
         kind = rates.choose(self.arithmetic, x.dtype, x.shape[1], outputs)
         if kind != "int16":
@@ -138,10 +139,10 @@ class _Call:
     def shrink(self) -> Tensors:
         """S_j = (D_j · x) A_jᵀ."""
         siblings, tokens = len(self.a), self.x.shape[0]
-        if self.fused and self.group:
+        if self.fused and self.group and self.group.even:
             joint = torch.empty(tokens, siblings * self.rank)
             gemm.skinny(self.rows, torch.cat([a[0] for a in self.a]), self.group, joint)
-            return [part.contiguous() for part in joint.split(self.rank, 1)]
+            return [part.clone() for part in joint.split(self.rank, 1)]  # see `gradients`
         ss = [torch.zeros(tokens, self.rank) for _ in self.a]
         for adapter, first, count in self.segments:
             for j, a in enumerate(self.a):
@@ -187,8 +188,8 @@ class _Call:
         self, j: int, dy: torch.Tensor, quantised: gemm.Rows | None, ds: torch.Tensor
     ) -> None:
         """dS_j = scale dY_j B_j."""
-        if self.whole and self.group and quantised:
-            pack = self.group.packs[j]
+        pack = self.group.packs[j] if self.group else None
+        if self.whole and pack and pack.even and quantised:
             gemm.skinny_gradient(quantised, self.b[j][0], pack, self.scale(j, 0), ds)
             return
         for adapter, first, count in self.segments:

@@ -8,9 +8,10 @@ D_j = keep / (1 − p) is counter-based dropout (philox.py): recomputed, never s
     dS_j = s_j dY_j B_j,  dB_j = s_j dY_jᵀ S_j,  dA_j = dS_jᵀ (D_j ⊙ x)
     dx = Σ_j dY_j W_j + D_j ⊙ (dS_j A_j)
 
-W is frozen. Saved for backward are x, S and the seeds. Several adapters stand in stacks
-a_j [n, R, K], b_j [n, N_j, R], of lower rank by zeros; `segments` [S, 3] rows (adapter, first row,
-rows) say which of them each token has. Rows in no segment have none, and their S is 0.
+W is frozen. Saved for backward are x, S and the seeds. W, A and B are read in the type of x, which
+under autocast is autocast's. Several adapters stand in stacks a_j [n, R, K], b_j [n, N_j, R], of
+lower rank by zeros; `segments` [S, 3] rows (adapter, first row, rows) say which of them each token
+has. Rows in no segment have none, and their S is 0.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from trimpot.kernels.errors import KernelError
 from trimpot.kernels.ops.implementation import implementation, resolve
+from trimpot.kernels.ops.opmath import as_given, in_working_type
 from trimpot.kernels.ops.philox import draw_seeds, dropped
 
 Tensors = list[torch.Tensor]
@@ -47,18 +49,20 @@ def lora_linear(
     [S, 3] over the rows of x flattened to [M, K]; without them, adapter 0 has all rows.
     Raises KernelError where shapes do not go together.
     """
+    x = in_working_type(x)
     a = [p[None] if p.dim() == 2 else p for p in a]
     b = [p[None] if p.dim() == 2 else p for p in b]
     adapters = a[0].shape[0] if a else 0
     rates = [dropout] * adapters if isinstance(dropout, int | float) else list(dropout)
     flat = x.reshape(-1, x.shape[-1])
-    _check(flat, weights, a, b, scales, rates)
+    given = [None] * len(weights) if biases is None else list(biases)
+    _check(flat, weights, given, a, b, scales, rates)
     if seeds is None:
         drawn = any(rates)
         seeds = draw_seeds(len(a), adapters) if drawn else torch.zeros(len(a), adapters).long()
     if segments is None:
         segments = torch.tensor([[0, 0, flat.shape[0]]], dtype=torch.int32)
-    given = [None] * len(weights) if biases is None else biases
+    _check_tables(seeds, segments, len(a), adapters)
     none = x.new_empty(0)
     ys, _ = _op(
         flat,
@@ -78,24 +82,30 @@ def lora_linear(
 def _check(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
     a: Tensors,
     b: Tensors,
     scales: Sequence[float],
     dropouts: Sequence[float],
 ) -> None:
-    if not weights or not len(weights) == len(a) == len(b):
+    if not weights or not len(weights) == len(a) == len(b) == len(biases):
         raise KernelError(
-            f"lora_linear: {len(weights)} weights, {len(a)} A and {len(b)} B; "
-            "one of each per sibling is wanted"
+            f"lora_linear: {len(weights)} weights, {len(a)} A, {len(b)} B and {len(biases)} "
+            "biases; one of each per sibling is wanted"
         )
-    n, rank, depth = a[0].shape
-    for j, (w, p, q) in enumerate(zip(weights, a, b, strict=True)):
-        wanted = ((w.shape[0], x.shape[1]), (n, rank, depth), (n, w.shape[0], rank))
-        if (tuple(w.shape), tuple(p.shape), tuple(q.shape)) != wanted or depth != x.shape[1]:
+    n, rank = a[0].shape[:2] if a[0].dim() == 3 else (0, 0)
+    for j, (w, p, q, bias) in enumerate(zip(weights, a, b, biases, strict=True)):
+        outputs, depth = w.shape[0] if w.dim() else 0, x.shape[1]
+        wanted = ((outputs, depth), (n, rank, depth), (n, outputs, rank))
+        if (tuple(w.shape), tuple(p.shape), tuple(q.shape)) != wanted:
             raise KernelError(
                 f"lora_linear: x {tuple(x.shape)}, W {tuple(w.shape)}, A {tuple(p.shape)}, "
                 f"B {tuple(q.shape)} of sibling {j}; [M, K], [N, K], [n, R, K], [n, N, R] are "
                 "wanted, with one n and R for all siblings"
+            )
+        if bias is not None and tuple(bias.shape) != (outputs,):
+            raise KernelError(
+                f"lora_linear: bias {tuple(bias.shape)} of sibling {j}; ({outputs},) is wanted"
             )
     if len(scales) != len(a) * n or len(dropouts) != n:
         raise KernelError(
@@ -104,6 +114,17 @@ def _check(
         )
     if not all(0 <= p < 1 for p in dropouts):
         raise KernelError(f"lora_linear: dropouts are {list(dropouts)}; 0 ≤ p < 1 is wanted")
+
+
+def _check_tables(
+    seeds: torch.Tensor, segments: torch.Tensor, siblings: int, adapters: int
+) -> None:
+    fits = segments.dim() == 2 and segments.shape[1] == 3
+    if not fits or tuple(seeds.shape) != (siblings, adapters):
+        raise KernelError(
+            f"lora_linear: seeds {tuple(seeds.shape)}, segments {tuple(segments.shape)}; "
+            f"({siblings}, {adapters}) and [S, 3] are wanted"
+        )
 
 
 def reference(
@@ -139,6 +160,7 @@ def forward(
     ys, ss = [], []
     cuts, n = segments.tolist(), a[0].shape[0]
     keys = seeds.tolist()
+    weights, biases, a, b = (_like(x, group) for group in (weights, biases, a, b))
     for j, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         y = torch.nn.functional.linear(x, weight, bias if bias.numel() else None)
         s = x.new_zeros(x.shape[0], a[j].shape[1])
@@ -167,6 +189,8 @@ def backward(
 ) -> tuple[torch.Tensor, Tensors, Tensors]:
     """→ dx (empty where it is not needed), dA_j, dB_j."""
     dx = x.new_empty(x.shape if need_dx else 0)
+    types = [p.dtype for p in a], [p.dtype for p in b]
+    weights, a, b = (_like(x, group) for group in (weights, a, b))
     das, dbs = [torch.zeros_like(p) for p in a], [torch.zeros_like(p) for p in b]
     cuts, n = segments.tolist(), a[0].shape[0]
     keys = seeds.tolist()
@@ -187,7 +211,12 @@ def backward(
                 dx[rows] += dropped(ds @ a[j][adapter], first, seed, p)
             else:
                 dx[rows].addmm_(ds, a[j][adapter])
+    das, dbs = ([*map(torch.Tensor.to, *pair)] for pair in zip((das, dbs), types, strict=True))
     return dx, das, dbs
+
+
+def _like(x: torch.Tensor, tensors: Tensors) -> Tensors:
+    return [tensor.to(x.dtype) for tensor in tensors]
 
 
 @torch.library.custom_op("trimpot::lora_linear", mutates_args=())
@@ -204,7 +233,8 @@ def _op(
     backend: str,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     chosen = implementation("lora_linear", resolve("lora_linear", backend, x))
-    return chosen.forward(x, weights, biases, a, b, scales, dropouts, seeds, segments)
+    with as_given(x.device):
+        return chosen.forward(x, weights, biases, a, b, scales, dropouts, seeds, segments)
 
 
 @_op.register_fake
@@ -229,7 +259,10 @@ def _backward_op(
     backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     chosen = implementation("lora_linear", resolve("lora_linear", backend, x))
-    return chosen.backward(dys, x, weights, a, b, ss, scales, dropouts, seeds, segments, need_dx)
+    with as_given(x.device):
+        return chosen.backward(
+            dys, x, weights, a, b, ss, scales, dropouts, seeds, segments, need_dx
+        )
 
 
 @_backward_op.register_fake

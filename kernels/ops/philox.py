@@ -61,12 +61,13 @@ def keep_mask(
         torch.zeros(shape, dtype=torch.int64, device=device),
     ]
     words = torch.stack(philox(counter, (seed & LOW, (seed >> 32) & LOW)), dim=-1)
-    return words.view(rows, -1)[:, :columns] < threshold(p)
+    return words.flatten(1)[:, :columns] < threshold(p)
 
 
 def dropped(x: torch.Tensor, first_row: int, seed: int, p: float) -> torch.Tensor:
     """D · x for rows first_row … of the whole input; x itself at p = 0."""
     if not p:
         return x
-    keep = keep_mask(seed, p, first_row, *x.shape, x.device)
+    rows, columns = x.shape
+    keep = keep_mask(seed, p, first_row, rows, columns, x.device)
     return torch.where(keep, x * (1 / (1 - p)), torch.zeros((), dtype=x.dtype, device=x.device))
