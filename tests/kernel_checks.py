@@ -14,6 +14,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = ("generic", "avx2", "avx512")
 STATE = native.state()
 needs_extension = pytest.mark.skipif(not STATE.available, reason=STATE.why)
+ARITHMETICS = ("cpp:fp32", "cpp:int16")
+cpp_arithmetics = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=needs_extension) for name in ARITHMETICS]
+)
+product_backends = pytest.mark.parametrize(
+    "backend", ["torch", *(pytest.param(name, marks=needs_extension) for name in ARITHMETICS)]
+)
+"""Of ops around matrix products."""
 
 Tensors = Sequence[torch.Tensor]
 
@@ -34,6 +42,41 @@ def assert_twice(got: Tensors, plain: Tensors, exact: Tensors) -> None:
         allowed = 2 * max_error(p, e) + tiny(g.dtype, e)
         assert g.dtype == p.dtype
         assert max_error(g, e) <= allowed, f"result {i}: {max_error(g, e)} > {allowed}"
+
+
+def distance(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """‖got − exact‖ / ‖exact‖"""
+    exact = exact.double()
+    norm = exact.norm().item()
+    return (got.double() - exact).norm().item() / norm if norm else got.double().norm().item()
+
+
+def assert_half_of_bf16(got: Tensors, low: Tensors, exact: Tensors) -> None:
+    """Each tensor's error against float64 is at most half of that of `low`, torch in bfloat16, in
+    norm; the largest is not above it."""
+    for i, (g, p, e) in enumerate(zip(got, low, exact, strict=True)):
+        assert g.dtype == torch.float32 and p.dtype == torch.bfloat16
+        found, allowed = distance(g, e), distance(p, e) / 2
+        assert found <= allowed, f"result {i}: {found} > {allowed}"
+        assert max_error(g, e) <= max_error(p, e), f"result {i}"
+
+
+def assert_judged(backend: str, got: Tensors, plain: Tensors, low: Tensors, exact: Tensors) -> None:
+    """int16 on float32 is held to half of the error of torch's bfloat16 (`low`), all else to twice
+    that of torch in the same type (`plain`)."""
+    if backend == "cpp:int16" and plain[0].dtype == torch.float32:
+        assert_half_of_bf16(got, low, exact)
+    else:
+        assert_twice(got, plain, exact)
+
+
+def take_the_preferred(patch: pytest.MonkeyPatch) -> None:
+    """Products in the arithmetic that was asked for and not in the fastest that is permitted: what
+    is measured may be otherwise the next time."""
+    if STATE.available:
+        from trimpot.kernels.cpp import rates
+
+        patch.setattr(rates, "choose", lambda name, dtype, *_: rates.permitted(name, dtype)[0])
 
 
 def assert_same_bits(a: Tensors, b: Tensors) -> None:
