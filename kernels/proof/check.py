@@ -22,7 +22,8 @@ from trimpot.kernels.proof.cases import Case, Sizes, attempted, call, cases, in_
 def comparisons(
     case: Case, dtype: str, sizes: Sizes, device: str = "cpu", run: Any = None
 ) -> list[dict[str, Any]]:
-    """One entry for each result: its error, torch's, what is allowed, and whether it is right.
+    """One entry for each result: its error, torch's, what is allowed, whether it has torch's dtype
+    and shape (same), and whether it is right.
 
     `run(arguments)` gives the results to judge: those of the Triton backend, if it is not given.
     """
@@ -45,6 +46,7 @@ def judged(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> dict
         "error": error,
         "torch_error": plain_error,
         "allowed": allowed,
+        "same": same,
         "right": bool(same and error <= allowed),  # a NaN is not ≤
     }
 

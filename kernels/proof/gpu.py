@@ -17,6 +17,7 @@ import triton.testing
 from trimpot.kernels.bench.roofline import Roofline, measure_roofline
 from trimpot.kernels.proof.cases import DTYPES, Case, Sizes, call, cases, identity, maker
 from trimpot.kernels.proof.check import comparisons, copied
+from trimpot.kernels.proof.limits import off_by
 
 Row = dict[str, Any]
 DEVICE = "cuda"  # ROCm says cuda too
@@ -56,12 +57,11 @@ def correctness(case: Case, dtype: str, device: str) -> Row:
     for name, sizes in (("small", case.small), ("large", case.large)):
         judged = comparisons(case, dtype, sizes, device)
         results += [{"sizes": name, **result} for result in judged]
-        for number, result in enumerate(judged):
-            if not result["right"]:
-                why.append(
-                    f"{name} result {number}: error {result['error']:.2e}, "
-                    f"allowed {result['allowed']:.2e}"
-                )
+        why += [
+            f"{name} result {number} {off_by(result)}"
+            for number, result in enumerate(judged)
+            if not result["right"]
+        ]
         if not _repeats(case, dtype, sizes, device):
             why.append(f"{name}: a second run gives other bits")
     return {"right": not why, "why": "; ".join(why), "results": results}

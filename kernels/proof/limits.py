@@ -45,6 +45,13 @@ def unexcused(row: Row, complaints: Complaints) -> Complaints:
     return {kind: text for kind, text in complaints.items() if (named(row), kind) not in EXCEPTIONS}
 
 
+def off_by(result: Row) -> str:
+    """Why one of check.py's results is not right."""
+    if not result["same"]:
+        return "has not the dtype and shape of torch's"
+    return f"is off by {result['error']:.2e}, {result['allowed']:.2e} is allowed"
+
+
 def of_counted(row: Row) -> Complaints:
     """Rungs 3 and 5."""
     if "failed" in row:
@@ -52,9 +59,7 @@ def of_counted(row: Row) -> Complaints:
     found: Complaints = {}
     if off := [(i, r) for i, r in enumerate(row["results"]) if not r["right"]]:
         at, result = off[0]
-        found["wrong"] = (
-            f"result {at} is off by {result['error']:.2e}, {result['allowed']:.2e} is allowed"
-        )
+        found["wrong"] = f"result {at} {off_by(result)}"
     if row["faults"]:
         found["fault"] = f"{row['faults'][0]} ({len(row['faults'])} in all)"
     if row["traffic_ratio"] > MOST_TRAFFIC:
