@@ -27,8 +27,14 @@ SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 """What a program can have."""
 TARGETS = tuple(REGISTERS)
 
-EXCEPTIONS: dict[tuple[str, str], str] = {}
-"""(the row's name as `named` gives it, kind) → why that is allowed, with the measured number."""
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("linear_cross_entropy forward", "again"): (
+        "1.50: the loss of a row is known after one pass over its logits and their gradient takes "
+        "a second; 128,256 of them in bf16 are 250 KiB, as much as all registers of a processor, "
+        "and come from the cache the second time"
+    ),
+}
+"""(how the rows' names begin, kind) → why that is allowed, with the measured number."""
 
 
 def key(row: Row) -> tuple[str, ...]:
@@ -41,8 +47,14 @@ def named(row: Row) -> str:
     return " ".join(filter(None, (*key(row), row.get("target", ""))))
 
 
+def excuse(row: Row, kind: str) -> tuple[str, str] | None:
+    """The key of the exception that allows this."""
+    name = f"{named(row)} "
+    return next((e for e in EXCEPTIONS if e[1] == kind and name.startswith(f"{e[0]} ")), None)
+
+
 def unexcused(row: Row, complaints: Complaints) -> Complaints:
-    return {kind: text for kind, text in complaints.items() if (named(row), kind) not in EXCEPTIONS}
+    return {kind: text for kind, text in complaints.items() if excuse(row, kind) is None}
 
 
 def off_by(result: Row) -> str:

@@ -139,12 +139,13 @@ def test_limits(changed: dict[str, Any], kinds: set[str]) -> None:
     assert set(limits.of_compiled(row_with(**changed))) == kinds
 
 
-def test_an_exception_excuses_one_kind_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(limits.EXCEPTIONS, ("f forward bf16 sm_80", "spills"), "8 bytes, once")
+def test_an_exception_excuses_one_kind_of_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(limits.EXCEPTIONS, ("f forward bf16", "spills"), "8 bytes, once")
     row = row_with(spills=8, registers=256)
     assert set(limits.unexcused(row, limits.of_compiled(row))) == {"registers"}
-    row["dtype"] = "fp16"
-    assert set(limits.unexcused(row, limits.of_compiled(row))) == {"registers", "spills"}
+    for part, other in (("dtype", "fp16"), ("dtype", "bf16x"), ("op", "ff"), ("variant", "x")):
+        unlike = row | {part: other}
+        assert set(limits.unexcused(unlike, limits.of_compiled(row))) == {"registers", "spills"}
 
 
 def counted_row(**changed: Any) -> dict[str, Any]:
