@@ -50,7 +50,7 @@ class LinearCrossEntropy:
             if need_dh:
                 head.input_gradient(z, dh[cut])
             if need_dw:
-                dw.addmm_(z.T, part)
+                head.weight_gradient(z, part, dw)
         if rows is not None and need_dh:
             dh = torch.zeros(h_all.shape).index_copy_(0, rows, dh)
         return total.float(), dh.to(h.dtype), dw.to(weight.dtype)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from trimpot.kernels.cpp import gemm
 from trimpot.kernels.cpp.head import Head, softmax_loss
 from trimpot.kernels.ops import token_logprobs as definition
 from trimpot.kernels.ops.logits import trained
@@ -68,12 +69,12 @@ class TokenLogprobs:
         dh = torch.empty(h.shape if need_dh else 0)
         dw = torch.zeros(weight.shape if need_dw else 0)
         down = -g.float() / temperature
-        for cut, _, z in head.logits(_cooled(h, temperature)):
+        for cut, part, z in head.logits(_cooled(h, temperature)):
             softmax_loss(z, labels[cut], down[cut], ignore_index, 0.0, 0.0, softcap, True)
             if need_dh:
                 head.input_gradient(z, dh[cut])
             if need_dw:
-                dw.addmm_(z.T, h[cut].float())
+                head.weight_gradient(z, part if temperature == 1 else gemm.single(h[cut]), dw)
         if rows is not None and need_dh:
             dh = torch.zeros(h_all.shape).index_copy_(0, rows, dh)
         return dh.to(h.dtype), dw.to(weight.dtype)
