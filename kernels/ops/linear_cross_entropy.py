@@ -147,26 +147,29 @@ def _softmax(
     softcap: float,
     need_dz: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(w (ℓ + ζ lse²) [C], dz [C, V] before the soft cap) of logits [C, V], which dz takes the
-    memory of."""
+    """(w (ℓ + ζ lse²) [C], dz [C, V] before the soft cap) of logits [C, V]."""
     counts = labels != ignore_index
     index = labels.where(counts, 0)[:, None]
-    lse, at_label = z.logsumexp(1), z.gather(1, index).squeeze(1)
-    loss = lse - (1 - label_smoothing) * at_label + z_loss * lse.square()
+    # Not exp(z − lse): beside logits of some size a small −log p has no digits left.
+    logp, lse = z.log_softmax(1), z.logsumexp(1) if z_loss else None
+    loss = (label_smoothing - 1) * logp.gather(1, index).squeeze(1)
     if label_smoothing:
-        loss -= label_smoothing * z.mean(1)
+        loss -= label_smoothing * logp.mean(1)
+    if lse is not None:
+        loss += z_loss * lse.square()
     scale = counts.to(z.dtype) if token_weights is None else token_weights.where(counts, 0)
     loss = (loss * scale).where(counts, 0)
     if not need_dz:
         return loss, None
-    capped = z.clone() if softcap else None
-    dz = z.sub_(lse[:, None]).exp_().mul_((1 + 2 * z_loss * lse)[:, None])
+    dz = logp.exp_()
+    if lse is not None:
+        dz.mul_((1 + 2 * z_loss * lse)[:, None])
     if label_smoothing:
         dz.sub_(label_smoothing / z.shape[1])
     dz.scatter_add_(1, index, dz.new_full(index.shape, label_smoothing - 1))
     dz.mul_(scale[:, None])
-    if capped is not None:
-        logits.through_softcap(dz, capped, softcap)
+    if softcap:
+        logits.through_softcap(dz, z, softcap)
     return loss, dz.masked_fill_(~counts[:, None], 0)
 
 

@@ -84,10 +84,11 @@ def forward(
         at = cut if rows is None else rows[cut]
         u = logits.logits(h[at], matrix, softcap).div_(temperature)
         counts = labels[at] != ignore_index
-        at_label = u.gather(1, labels[at].where(counts, 0)[:, None]).squeeze(1)
-        total = u.logsumexp(1)
-        logp[at] = (at_label - total).where(counts, 0)
-        lse[at] = total.where(counts, 0)
+        index = labels[at].where(counts, 0)[:, None]
+        at_label = u.gather(1, index).squeeze(1)
+        mine = u.log_softmax(1).gather(1, index).squeeze(1)
+        logp[at] = mine.where(counts, 0)
+        lse[at] = (at_label - mine).where(counts, 0)
     return logp, lse
 
 
@@ -112,9 +113,9 @@ def backward(
         at = cut if rows is None else rows[cut]
         counts = labels[at] != ignore_index
         z = logits.logits(h[at], matrix, softcap)
-        u = z.clone() if softcap else z
         scale = g[at].to(wide).where(counts, 0).div_(temperature)[:, None]
-        dz = u.div_(temperature).sub_(lse[at][:, None]).exp_().mul_(-scale)
+        # Not exp(u − lse), which has lost what lse has in common with the largest logit.
+        dz = (z / temperature).softmax(1).mul_(-scale)
         dz.scatter_add_(1, labels[at].where(counts, 0)[:, None], scale)
         if softcap:
             logits.through_softcap(dz, z, softcap)
