@@ -180,6 +180,22 @@ def test_what_raises_has_a_row(timed: list[str]) -> None:
     assert gpu._line(row).endswith("WRONG, RuntimeError: out of resources")
 
 
+def test_times_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five turns of ours and torch's; the ratio of one slow turn does not count."""
+    turns = iter([[1e-5, 1e-5], [2e-5], [3e-5, 3e-5], [3e-5]] + [[1e-5, 1e-5], [2e-5]] * 3)
+    monkeypatch.setattr(gpu, "_seconds", lambda run: next(turns))
+    row = gpu.timing(toys.GOOD, "bf16", "cpu", ROOFLINE)
+    moved = 2 * 64 * 1024 * 2
+    assert row == pytest.approx(
+        {"p20_s": 1e-5, "p50_s": 1e-5, "p80_s": 1.4e-5, "bandwidth": moved / 1e-5, "ratio": 2.0,
+         "roofline": moved / 3e12 / 1e-5}, rel=1e-5,
+    )  # fmt: skip
+    turns = iter([[1e-3], [1e-3]] * gpu.TURNS)
+    flops = 2 * 128 * 128 * 64
+    product = gpu.timing(toys.PRODUCT, "fp32", "cpu", Roofline({"fp32": 1e9}, 1e12))
+    assert product["roofline"] == pytest.approx(flops / 1e9 / 1e-3)  # FLOPs bind, not bytes
+
+
 # The interpreter's mends.
 
 

@@ -27,6 +27,10 @@ Say = Callable[[str], None]
 Row = dict[str, Any]
 
 EVERY = tuple(cases.DTYPES)
+NUMBERS = (
+    "registers", "spills", "shared_bytes", "mma", "traffic_ratio", "bound_low", "bound_high",
+)  # fmt: skip
+"""What a dry row says beside its name."""
 
 
 def _quiet(_: str) -> None:
@@ -41,15 +45,12 @@ def dry_rows(
     op, direction, variant, dtype, target; registers of the hungriest kernel, spills of all,
     shared_bytes of the largest, mma (names of tensor-core instructions), traffic_ratio (bytes
     moved over the budget), bound_low and bound_high (shares of the roofline, from the model), and
-    complaints (what limits.py forbids, as text).
-    Raises KernelError for results that are wrong and code that does not compile, BackendError
-    where Triton is missing.
+    complaints (what limits.py forbids, as text). What does not compile has no registers, and what
+    is wrong no ratio and no model. Raises BackendError where Triton is missing, KernelError for
+    an op that has no Triton kernels.
     """
     names = known(wanted)
     counted, compiled = rows_of(names, dict.fromkeys(targets, EVERY), say)
-    if broken := broken_rows(counted, compiled):
-        more = f" (and {len(broken) - 1} more)" if broken[1:] else ""
-        raise KernelError(f"{broken[0]}{more}")
     by_case = {limits.key(row): row for row in counted}
     return [dry_row(row, by_case[limits.key(row)]) for row in compiled]
 
@@ -106,38 +107,30 @@ def _rows(tool: str, arguments: Sequence[str], interpret: bool) -> list[Row]:
     return json.loads(done.stdout)
 
 
-def broken_rows(counted: Sequence[Row], compiled: Sequence[Row]) -> list[str]:
-    """Of what can't be modelled: a line for each row whose results are wrong or that is no code."""
-    judged = [(row, limits.of_counted(row)) for row in counted]
-    judged += [(row, limits.of_compiled(row)) for row in compiled]
-    return [
-        f"{limits.named(row)}: {complaints[kind]}"
-        for row, complaints in judged
-        for kind in ("wrong", "fault", "compile")
-        if kind in limits.unexcused(row, complaints)
-    ]
-
-
 def dry_row(compiled: Row, counted: Row) -> Row:
     """One case on one target, of its rows of rungs 4 and 5."""
-    codes = [launch["code"] for launch in compiled["launches"]]
+    measured = limits.unexcused(counted, limits.of_counted(counted))
+    complaints = measured | limits.unexcused(compiled, limits.of_compiled(compiled))
+    row: Row = {part: compiled[part] for part in ("op", "direction", "variant", "dtype", "target")}
+    row |= dict.fromkeys(NUMBERS)
+    if "failed" not in compiled:
+        row |= _of_code([launch["code"] for launch in compiled["launches"]])
+    if not {"wrong", "fault", "compile"} & complaints.keys():
+        low, high = modelled(compiled, counted)
+        complaints |= limits.unexcused(compiled, limits.of_window(low, high))
+        row["traffic_ratio"] = round(counted["traffic_ratio"], 4)
+        row["bound_low"], row["bound_high"] = round(low, 4), round(high, 4)
+    name = limits.named(compiled)
+    return row | {"complaints": [f"{name}: {text}" for text in complaints.values()]}
+
+
+def _of_code(codes: Sequence[Row]) -> Row:
     names = sorted({name for code in codes for name in code["tensor_core"]})
-    low, high = modelled(compiled, counted)
-    complaints = (
-        limits.unexcused(counted, limits.of_counted(counted))
-        | limits.unexcused(compiled, limits.of_compiled(compiled))
-        | limits.unexcused(compiled, limits.of_window(low, high))
-    )
     return {
-        **{part: compiled[part] for part in ("op", "direction", "variant", "dtype", "target")},
         "registers": max(code["registers"] for code in codes),
         "spills": sum(code["spills"] for code in codes),
         "shared_bytes": max(code["shared_bytes"] for code in codes),
         "mma": ", ".join(names) or None,
-        "traffic_ratio": round(counted["traffic_ratio"], 4),
-        "bound_low": round(low, 4),
-        "bound_high": round(high, 4),
-        "complaints": [f"{limits.named(compiled)}: {text}" for text in complaints.values()],
     }
 
 
