@@ -4,11 +4,13 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
 #include "bindings.h"
 #include "gemm.h"
+#include "split.h"
 
 namespace py = pybind11;
 
@@ -44,10 +46,67 @@ bool pack(const std::vector<Pack>& packs, const std::vector<Weight>& weights) {
     return gemm_table().pack(packs.data(), matrices.data(), static_cast<int>(packs.size()));
 }
 
+const SplitTable& tiles() {
+    const SplitTable* table = split_table();
+    if (!table) throw std::runtime_error("this processor has no AMX tiles of bfloat16");
+    return *table;
+}
+
+void bind_split(py::module_& m) {
+    using Free = py::call_guard<py::gil_scoped_release>;
+    py::class_<SplitPack>(m, "SplitPack")
+        .def(py::init(
+            [](Int rows, Int depth, Int panels, Int block, Int blocks, Address high, Address low) {
+                return SplitPack{rows,
+                                 depth,
+                                 panels,
+                                 block,
+                                 blocks,
+                                 at<std::uint16_t>(high),
+                                 at<std::uint16_t>(low)};
+            }));
+    py::class_<SplitRows>(m, "SplitRows")
+        .def(py::init([](Int rows, Int padded, Int block, Int blocks, Address high, Address low) {
+            return SplitRows{
+                rows, padded, block, blocks, at<std::uint16_t>(high), at<std::uint16_t>(low)};
+        }));
+    m.def("gemm_fast_split", [] { return split_table() != nullptr; });
+    m.def(
+        "split_pack",
+        [](const SplitPack& pack, const Weight& weight) {
+            const auto [data, stride, bf16] = weight;
+            return static_cast<int>(tiles().pack(pack, matrix_of(data, stride, bf16)));
+        },
+        Free());
+    m.def(
+        "split_rows",
+        [](Address x, Int stride, bool bf16, Int width, const SplitRows& out) {
+            tiles().split(matrix_of(x, stride, bf16), width, out);
+        },
+        Free());
+    m.def(
+        "gemm_forward",
+        [](const SplitRows& x, const SplitPack& pack, Address y, Int stride, Address bias,
+           Address left, Int left_stride, Address right, Int rank) {
+            tiles().forward(x, pack, at<float>(y), stride, at<const float>(bias),
+                            update_of(left, left_stride, right, rank));
+        },
+        Free());
+    m.def(
+        "gemm_gradient",
+        [](const SplitRows& dy, const SplitPack& pack, Address dx, Int stride, bool add,
+           Address left, Int left_stride, Address right, Int rank) {
+            tiles().gradient(dy, pack, at<float>(dx), stride, add,
+                             update_of(left, left_stride, right, rank));
+        },
+        Free());
+}
+
 }  // namespace
 
 void bind_gemm(py::module_& m) {
     using Free = py::call_guard<py::gil_scoped_release>;
+    bind_split(m);
     py::class_<Pack>(m, "Pack").def(py::init(
         [](Int rows, Int depth, Int panels, Int block, Int blocks, Address q, Address row_scale,
            Address column_scale, Address limit, Address gradient_limit) {

@@ -475,7 +475,7 @@ static Floats panels_of(const float* x, std::int64_t rows, std::int64_t columns)
 struct Split {
     std::int64_t share, shares, group, groups, panels;
 
-    Split(std::int64_t rows, std::int64_t columns) {
+    Split(std::int64_t rows, std::int64_t columns, std::int64_t tile_rows = kTileRows) {
         panels = ceil_div(columns, kTileColumns);
         groups = ceil_div(panels, 8);
         group = ceil_div(panels, groups);
@@ -483,7 +483,7 @@ struct Split {
         std::int64_t wanted = ceil_div(rows, 448);
         if (wanted * groups < 4 * threads) wanted = ceil_div(4 * threads, groups);
         wanted = ceil_div(wanted, threads) * threads;
-        share = ceil_div(ceil_div(rows, wanted), kTileRows) * kTileRows;
+        share = ceil_div(ceil_div(rows, wanted), tile_rows) * tile_rows;
         shares = ceil_div(rows, share);
     }
     std::int64_t tasks() const { return shares * groups; }

@@ -77,13 +77,17 @@ def _cpp(facts: Facts) -> Answer:
 
 
 INT16 = "int16 (error 1.5e-4, bf16: 2.9e-3)"
+BF16X3 = "bf16x3 (error 4e-6, bf16: 2.9e-3)"
 FP32 = "fp32"
+ARITHMETICS = {"fp32": FP32, "int16": INT16, "bf16x3": BF16X3}
 
 
 def _cpp_gemm(facts: Facts) -> Answer:
     answer = _cpp(facts)
     if not answer.runs:
         return answer
+    if facts.get("gemm") == "bf16x3" and not native.extension().gemm_fast_split():
+        return Answer(False, "this processor has no AMX tiles of bfloat16")
     return Answer(True, f"{answer.why}; {_arithmetic(facts.get('dtype'), facts.get('gemm', AUTO))}")
 
 
@@ -91,8 +95,10 @@ def _arithmetic(dtype: str | None, gemm: str) -> str:
     """What a product computes in. Errors: of the result's norm, against float64, on Gaussian data
     with and without outliers × 20."""
     if gemm != AUTO:
-        return INT16 if gemm == "int16" else FP32
-    low = INT16 if native.extension().gemm_fast_int16() else FP32
+        return ARITHMETICS[gemm]
+    extension = native.extension()
+    low = INT16 if extension.gemm_fast_int16() else FP32
+    low = "bf16 with fp32 sums" if extension.gemm_fast_split() else low
     if dtype is None:
         return f"{FP32} under precision fp32; under bf16 {low} or torch's own, as measured"
     return f"{FP32 if dtype == 'float32' else low} or torch's own, whichever is faster"
@@ -151,8 +157,17 @@ def choose(op: str, wanted: str = AUTO, **facts: Any) -> Choice:
         answer = backend.judge(facts)
         if answer.runs:
             return Choice(op, _variant(op, backend, facts), "; ".join([answer.why, *refusals]))
+        if backend.name == "cpp" and _wants_packs(facts):
+            raise BackendError(
+                f"cpu_gemm is {facts['gemm']}, and {op} can't run in it: {answer.why}; take auto"
+            )
         refusals.append(f"no {backend.name}: {answer.why}")
     raise BackendError(f"no backend of {op} can run: {'; '.join(refusals)}")
+
+
+def _wants_packs(facts: Facts) -> bool:
+    """Whether an arithmetic was asked for that no other backend on a CPU has."""
+    return facts.get("gemm") in ("int16", "bf16x3") and facts.get("device", "cpu") == "cpu"
 
 
 def _forced(op: str, wanted: str, facts: Facts) -> Choice:

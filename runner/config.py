@@ -208,10 +208,10 @@ class KernelsSection(Section):
     """gelu(gate) · up."""
     adamw_step: KernelBackend | None = None
     """The optimizer's update, in one pass over memory."""
-    cpu_gemm: Literal["auto", "fp32", "int16"] = "auto"
-    """Arithmetic of products with frozen weights on CPUs: fp32, or int16 in block fixed point
-    (error 1.5e-4 of the result, where bf16 has 2.9e-3). auto: fp32 under precision fp32, else the
-    fastest that errs at most half as much as bf16."""
+    cpu_gemm: Literal["auto", "fp32", "int16", "bf16x3"] = "auto"
+    """Arithmetic of products with frozen weights on CPUs: fp32; int16 in block fixed point (error
+    1.5e-4 of the result, where bf16 has 2.9e-3); or bf16x3 on AMX tiles (4e-6). auto: fp32 under
+    precision fp32, else the fastest that is at least as close as bf16."""
 
 
 class CheckpointSection(Section):

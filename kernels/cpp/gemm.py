@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +71,7 @@ def _even(scale: torch.Tensor) -> bool:
     return bool(scale.max() * scale.double().pow(-2).mean().sqrt() < UNEVEN)
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
@@ -81,14 +81,14 @@ def pack_weights(weights: Sequence[torch.Tensor]) -> Group | None:
     weights = [readable(weight) for weight in weights]
     depth = weights[0].shape[1]
     block = extension.gemm_block_length(depth)
-    blocks = _ceil(depth, block)
+    blocks = ceil_div(depth, block)
     column_scale, limit = torch.empty(depth), torch.empty(blocks)
     packs: list[Pack] = []
     for weight in weights:
-        panels = _ceil(weight.shape[0], PANEL)
+        panels = ceil_div(weight.shape[0], PANEL)
         q = torch.empty(panels * blocks * block * PANEL, dtype=torch.int16)
         row_scale = torch.empty(panels * PANEL)
-        gradient_limit = torch.empty(_ceil(panels * PANEL, GRADIENT_BLOCK))
+        gradient_limit = torch.empty(ceil_div(panels * PANEL, GRADIENT_BLOCK))
         parts = (q, row_scale, column_scale, limit, gradient_limit)
         handle = extension.Pack(
             weight.shape[0], depth, panels, block, blocks, *(part.data_ptr() for part in parts)
@@ -103,21 +103,22 @@ def pack_weights(weights: Sequence[torch.Tensor]) -> Group | None:
 @dataclass
 class _Cached:
     state: tuple[Any, ...]
-    group: Group | None = field(repr=False)
+    group: Any = field(repr=False)
 
 
+Make = Callable[[Sequence[torch.Tensor]], Any]
 _cache: Any = WeakIdKeyDictionary()
 """{first weight of a group: _Cached}: a pack lives as long as the weight it was made from."""
 
 
-def packed(weights: Sequence[torch.Tensor]) -> Group | None:
+def packed(weights: Sequence[torch.Tensor], make: Make = pack_weights) -> Any:
     """The pack of frozen weights, made once. Those that ZeRO-3 brings and takes are packed anew."""
     if any(hasattr(weight, "ds_id") for weight in weights):
-        return pack_weights(weights)
-    state = tuple(_state(weight) for weight in weights)
+        return make(weights)
+    state = (make, *(_state(weight) for weight in weights))
     found: _Cached | None = _cache.get(weights[0])
     if found is None or found.state != state:
-        found = _Cached(state, pack_weights(weights))
+        found = _Cached(state, make(weights))
         _cache[weights[0]] = found
     return found.group
 
@@ -188,7 +189,7 @@ _scratch = _Scratch()
 def quantise(x: torch.Tensor, factor: torch.Tensor, limits: torch.Tensor, block: int) -> Rows:
     """x [M, width] · factor [≥ width], in blocks of `block` whose norms keep to `limits`."""
     rows, width = x.shape
-    padded, blocks = _ceil(rows, TILE_ROWS) * TILE_ROWS, _ceil(width, block)
+    padded, blocks = ceil_div(rows, TILE_ROWS) * TILE_ROWS, ceil_div(width, block)
     extension = native.extension()
     memory = _scratch.take(blocks * padded * block, blocks * padded)
     handle = extension.Rows(rows, padded, block, blocks, *(part.data_ptr() for part in memory))
@@ -234,7 +235,7 @@ NO_UPDATE = (0, 0, 0, 0)
 def panels(b_NR: torch.Tensor, scale: float) -> torch.Tensor:
     """scale · B [N, R] as [⌈N/32⌉, R, 32], zeros past N."""
     rows, rank = b_NR.shape
-    count = _ceil(rows, PANEL)
+    count = ceil_div(rows, PANEL)
     padded = torch.zeros(count * PANEL, rank)
     torch.mul(b_NR, scale, out=padded[:rows])
     return padded.view(count, PANEL, rank).transpose(1, 2).contiguous()

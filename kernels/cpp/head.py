@@ -1,12 +1,13 @@
 """The head's product on the CPU: logits of a chunk of tokens, and a chunk's gradient times W.
 
-int16 on the integer pack of the weight (csrc/gemm.h), fp32 by torch, or torch's product of 16-bit
-operands, whichever `rates` says.
+On a pack of the weight (int16: csrc/gemm.h, bf16x3: csrc/split.h), fp32 by torch, or torch's
+product of 16-bit operands, whichever `rates` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -38,8 +39,10 @@ class Head:
         tensors.check(op, h)
         kind = _arithmetic(arithmetic, h.dtype, weight)
         self.weight, self.group = gemm.readable(weight), None
-        if kind == "int16":
-            self.group = gemm.packed([weight]) if frozen else gemm.pack_weights([weight])
+        self.form: Any = rates.PACKED.get(kind)
+        if self.form is not None:
+            make = self.form.pack_weights
+            self.group = gemm.packed([weight], make) if frozen else make([weight])
         if not self.group:
             self.weight = self.weight.to(h.dtype if kind == "torch" else torch.float32)
 
@@ -52,8 +55,8 @@ class Head:
                 buffer = torch.empty(part.shape[0], self.weight.shape[0])
             z = buffer[: part.shape[0]]
             if self.group:
-                quantised = gemm.quantise_input(part, self.group)
-                gemm.forward(quantised, self.group.packs[0], z, None, None)
+                quantised = self.form.quantise_input(part, self.group)
+                self.form.forward(quantised, self.group.packs[0], z, None, None)
             elif self.weight.dtype == torch.float32:
                 torch.mm(part.float(), self.weight.T, out=z)
             else:
@@ -63,8 +66,8 @@ class Head:
     def input_gradient(self, dz: torch.Tensor, out: torch.Tensor) -> None:
         """out [rows, H] fp32 = dz W."""
         if self.group:
-            quantised = gemm.quantise_gradient(dz, self.group.packs[0])
-            gemm.gradient(quantised, self.group.packs[0], out, False, None)
+            quantised = self.form.quantise_gradient(dz, self.group.packs[0])
+            self.form.gradient(quantised, self.group.packs[0], out, False, None)
         elif self.weight.dtype != torch.float32:
             out.copy_(dz.to(self.weight.dtype) @ self.weight)
         elif dz.shape[0] < gemm.TILE_ROWS:  # whose sums MKL cuts up in any case

@@ -1,8 +1,9 @@
 """lora_linear in C++: the base product and the low-rank update in one pass over the result.
 
-Three arithmetics of the base product: int16 in block fixed point, fp32 in tiles of our own, and
-torch's (`torch`). Adapters are fp32 in all of them, but for the two skinny products that read an
-input which is in int16 already. Which is taken says `rates.choose`, by measured rate.
+Four arithmetics of the base product: int16 in block fixed point, bf16x3 on AMX tiles, fp32 in
+tiles of our own, and torch's (`torch`). Adapters are fp32 in all of them, but for the products
+that share an operand with the base in int16 or bf16x3. `rates.choose` says which is taken, by
+measured rate.
 
 Signatures as in ops/lora_linear.py. M tokens, K = d_in, N = d_out, R = rank.
 """
@@ -12,11 +13,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from trimpot.kernels.cpp import gemm, rates, tensors
-from trimpot.kernels.cpp.gemm import Group, Update
+from trimpot.kernels.cpp.gemm import Update
 from trimpot.kernels.ops import lora_linear as definition
 
 Tensors = list[torch.Tensor]
@@ -24,7 +26,7 @@ Tensors = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class LoraLinear:
-    """`arithmetic`: fp32 | int16, or auto for the fastest that low precision permits."""
+    """`arithmetic`: fp32 | int16 | bf16x3, or auto for the fastest that low precision permits."""
 
     arithmetic: str = "auto"
 
@@ -44,7 +46,7 @@ class LoraLinear:
         kind, group = self._take(x, weights)
         if kind == "torch":
             return definition.forward(x, weights, biases, a, b, scales, dropouts, seeds, segments)
-        call = _Call(x, weights, a, b, scales, dropouts, seeds, segments, group)
+        call = _Call(kind, x, weights, a, b, scales, dropouts, seeds, segments, group)
         ss = call.shrink()
         ys: Tensors = []
         for j, bias in enumerate(biases):
@@ -73,28 +75,31 @@ class LoraLinear:
             return definition.backward(
                 dys, x, weights, a, b, ss, scales, dropouts, seeds, segments, need_dx
             )
-        call = _Call(x, weights, a, b, scales, dropouts, seeds, segments, group)
+        call = _Call(kind, x, weights, a, b, scales, dropouts, seeds, segments, group)
         dx = torch.empty(x.shape if need_dx else 0)
         das, dbs = call.gradients([gemm.readable(dy) for dy in dys], ss, dx if need_dx else None)
         das = [d.to(p.dtype) for d, p in zip(das, a, strict=True)]
         dbs = [d.to(p.dtype) for d, p in zip(dbs, b, strict=True)]
         return dx.to(x.dtype), das, dbs
 
-    def _take(self, x: torch.Tensor, weights: Tensors) -> tuple[str, Group | None]:
+    def _take(self, x: torch.Tensor, weights: Tensors) -> tuple[str, Any]:
         tensors.check("lora_linear", x)
         outputs = sum(weight.shape[0] for weight in weights)
         kind = rates.choose(self.arithmetic, x.dtype, x.shape[1], outputs)
-        if kind != "int16":
+        form = rates.PACKED.get(kind)
+        if form is None:
             return kind, None
-        group = gemm.packed(weights)
+        group = gemm.packed(weights, form.pack_weights)
         return (kind, group) if group is not None else ("fp32", None)
 
 
 class _Call:
-    """One call's operands. `group` is the pack of the weights in int16, None in fp32."""
+    """One call's operands. `group`: the weights, packed for this kind of arithmetic; None in
+    fp32."""
 
     def __init__(
         self,
+        kind: str,
         x: torch.Tensor,
         weights: Tensors,
         a: Tensors,
@@ -103,8 +108,9 @@ class _Call:
         dropouts: Sequence[float],
         seeds: torch.Tensor,
         segments: torch.Tensor,
-        group: Group | None,
+        group: Any,
     ):
+        self.form: Any = rates.PACKED.get(kind)
         self.x = gemm.readable(x) if group else gemm.single(x)
         self.weights = [gemm.readable(weight) for weight in weights]
         self.a = [p.detach().float().contiguous() for p in a]
@@ -124,9 +130,8 @@ class _Call:
         return gemm.single(self.x)
 
     @functools.cached_property
-    def rows(self) -> gemm.Rows:
-        assert self.group is not None
-        return gemm.quantise_input(self.x, self.group)
+    def rows(self) -> Any:
+        return self.form.quantise_input(self.x, self.group)
 
     def scale(self, j: int, adapter: int) -> float:
         return self.scales[j * self.adapters + adapter]
@@ -141,7 +146,7 @@ class _Call:
         siblings, tokens = len(self.a), self.x.shape[0]
         if self.fused and self.group and self.group.even:
             joint = torch.empty(tokens, siblings * self.rank)
-            gemm.skinny(self.rows, torch.cat([a[0] for a in self.a]), self.group, joint)
+            self.form.skinny(self.rows, torch.cat([a[0] for a in self.a]), self.group, joint)
             return [part.clone() for part in joint.split(self.rank, 1)]  # see `gradients`
         ss = [torch.zeros(tokens, self.rank) for _ in self.a]
         for adapter, first, count in self.segments:
@@ -154,7 +159,7 @@ class _Call:
         """y = x W_jᵀ + bias + scale S_j B_jᵀ."""
         update = Update(s, gemm.panels(self.b[j][0], self.scale(j, 0))) if self.whole else None
         if self.group:
-            gemm.forward(self.rows, self.group.packs[j], y, bias, update)
+            self.form.forward(self.rows, self.group.packs[j], y, bias, update)
         else:
             gemm.forward_fp32(self.x, self.weights[j], y, bias, update)
         if self.whole:
@@ -172,7 +177,7 @@ class _Call:
         for j, dy in enumerate(dys):
             quantised = None
             if self.group:
-                quantised = gemm.quantise_gradient(dy, self.group.packs[j])
+                quantised = self.form.quantise_gradient(dy, self.group.packs[j])
             dy = gemm.single(dy)
             self._shrink_gradient(j, dy, quantised, dss[j])
             dbs.append(self._outer_b(j, dy, gemm.single(ss[j])))
@@ -184,13 +189,11 @@ class _Call:
             return [part.clone()[None] for part in both.split(self.rank)], dbs
         return [self._outer_a(j, dss[j]) for j in range(len(dys))], dbs
 
-    def _shrink_gradient(
-        self, j: int, dy: torch.Tensor, quantised: gemm.Rows | None, ds: torch.Tensor
-    ) -> None:
+    def _shrink_gradient(self, j: int, dy: torch.Tensor, quantised: Any, ds: torch.Tensor) -> None:
         """dS_j = scale dY_j B_j."""
         pack = self.group.packs[j] if self.group else None
         if self.whole and pack and pack.even and quantised:
-            gemm.skinny_gradient(quantised, self.b[j][0], pack, self.scale(j, 0), ds)
+            self.form.skinny_gradient(quantised, self.b[j][0], pack, self.scale(j, 0), ds)
             return
         for adapter, first, count in self.segments:
             rows = slice(first, first + count)
@@ -216,14 +219,14 @@ class _Call:
         self,
         j: int,
         dy: torch.Tensor,
-        quantised: gemm.Rows | None,
+        quantised: Any,
         ds: torch.Tensor,
         dx: torch.Tensor,
     ) -> None:
         """dx (+)= dY_j W_j + D_j · (dS_j A_j)."""
         update = Update(ds, self.a[j][0]) if self.fused else None
         if self.group and quantised:
-            gemm.gradient(quantised, self.group.packs[j], dx, j > 0, update)
+            self.form.gradient(quantised, self.group.packs[j], dx, j > 0, update)
         else:
             gemm.gradient_fp32(dy, self.weights[j], dx, j > 0, update)
         if self.fused:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from trimpot.kernels import native
-from trimpot.kernels.cpp import gemm
+from trimpot.kernels.cpp import gemm, split
 from trimpot.kernels.errors import BackendError
 
-ARITHMETICS = ("auto", "fp32", "int16")
+ARITHMETICS = ("auto", "fp32", "int16", "bf16x3")
+PACKED: dict[str, Any] = {"int16": gemm, "bf16x3": split}
+"""Those that pack weights, and the module that does it."""
 ROWS = 448
 AHEAD = 1.05
 """By how much a later candidate must beat the first: a choice should not flip with the noise."""
@@ -26,15 +29,26 @@ def permitted(arithmetic: str, dtype: torch.dtype) -> tuple[str, ...]:
     """Candidates, the preferred one first. auto leaves float32 tensors in fp32."""
     if arithmetic not in ARITHMETICS:
         raise BackendError(f"cpu_gemm is {arithmetic!r}; one of {', '.join(ARITHMETICS)} is wanted")
-    if arithmetic == "int16":
-        return ("int16",)
-    if arithmetic == "auto" and dtype != torch.float32 and native.extension().gemm_fast_int16():
-        return ("int16", "torch")
+    extension = native.extension()
+    if arithmetic == "bf16x3" and not extension.gemm_fast_split():
+        raise BackendError(
+            "cpu_gemm is bf16x3, which wants AMX tiles of bfloat16; this processor has none: take "
+            "int16, fp32 or auto"
+        )
+    if arithmetic in PACKED:
+        return (arithmetic,)
+    if arithmetic == "auto" and dtype != torch.float32:
+        if extension.gemm_fast_split():
+            return ("bf16x3", "torch")
+        if extension.gemm_fast_int16():
+            return ("int16", "torch")
+    if arithmetic == "fp32" and dtype != torch.float32:
+        return ("fp32",)  # torch's product would be of 16 bits
     return ("fp32", "torch")
 
 
 def choose(arithmetic: str, dtype: torch.dtype, depth: int, outputs: int) -> str:
-    """int16, fp32 or torch, for x [M, depth] Wᵀ with `outputs` rows of W."""
+    """int16, bf16x3, fp32 or torch, for x [M, depth] Wᵀ with `outputs` rows of W."""
     candidates = permitted(arithmetic, dtype)
     if len(candidates) == 1 or not depth or not outputs:
         return candidates[0]
@@ -81,11 +95,11 @@ def _product(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[[], o
             return out.to(x.dtype)
 
         return run_fp32
-    group = gemm.pack_weights([weight])
-    assert group is not None
+    form = PACKED[name]
+    group = form.pack_weights([weight])
 
-    def run_int16() -> object:
-        gemm.forward(gemm.quantise_input(gemm.readable(x), group), group.packs[0], out, None, None)
+    def run_packed() -> object:
+        form.forward(form.quantise_input(gemm.readable(x), group), group.packs[0], out, None, None)
         return out.to(x.dtype)
 
-    return run_int16
+    return run_packed

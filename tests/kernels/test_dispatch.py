@@ -167,9 +167,32 @@ def test_products_carry_their_arithmetic(op: str) -> None:
     assert choose("rope", gemm="int16").backend == "cpp"
     # fp32 is a promise; low precision is told its error, where the processor is fast at it.
     assert "int16" not in choose(op, dtype="float32").why
-    fast = native.extension().gemm_fast_int16()
-    assert ("int16 (error 1.5e-4, bf16: 2.9e-3)" in choose(op, dtype="bfloat16").why) == fast
-    assert ("under bf16 int16" in choose(op).why) == fast
+    extension = native.extension()
+    tiles = extension.gemm_fast_split()
+    int16 = extension.gemm_fast_int16() and not tiles
+    assert ("int16 (error 1.5e-4, bf16: 2.9e-3)" in choose(op, dtype="bfloat16").why) == int16
+    assert ("under bf16 int16" in choose(op).why) == int16
+    assert ("bf16 with fp32 sums" in choose(op).why) == tiles
+    if tiles:
+        assert backend("float32", "bf16x3") == "cpp:bf16x3"
+        assert "bf16x3 (error 4e-6, bf16: 2.9e-3)" in choose(op, gemm="bf16x3").why
+
+
+@needs_extension
+def test_arithmetic_that_can_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native.extension(), "gemm_fast_split", lambda: False)
+    with pytest.raises(
+        BackendError, match="cpu_gemm is bf16x3, and lora_linear can't run in it: th"
+    ):
+        choose("lora_linear", gemm="bf16x3")
+    assert choose("rope", gemm="bf16x3").backend == "cpp"
+    closed = native.State(False, "shut")
+    monkeypatch.setattr(native, "state", lambda: closed)
+    with pytest.raises(
+        BackendError, match="cpu_gemm is int16, and lora_linear can.t run in it: s"
+    ):
+        choose("lora_linear", gemm="int16")
+    assert choose("lora_linear", gemm="fp32").backend == "torch"
 
 
 @pytest.mark.parametrize("kind", [KernelError, BackendError])
