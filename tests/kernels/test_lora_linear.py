@@ -58,6 +58,8 @@ SHAPES = [
     Shape(15, 130, (31,), 64, dropout=(0.3,)),
     Shape(70, 289, (257, 31), 256),
     Shape(460, 320, (96,), 16, bias=True, dropout=(0.1,)),
+    Shape(30, 40, (33,), 8, segments=((0, 5, 20),)),
+    Shape(30, 40, (33,), 8, dropout=(0.0, 0.0), segments=((1, 0, 30),)),
     replace(MANY, dropout=(0.0, 0.0, 0.0)),
     MANY,
 ]
