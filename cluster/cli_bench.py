@@ -69,7 +69,7 @@ def kernels(
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16.")] = "fp32",
     vs: Annotated[str, typer.Option(help="torch, compile, peft, liger.")] = "torch",
     backend: Annotated[
-        str, typer.Option(help="auto, torch, cpp, cpp:int16, cpp:fp32, triton; with commas.")
+        str, typer.Option(help="auto, torch, cpp, cpp:int16 (bf16x3, fp32), triton; commas.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu | cuda (ROCm too).")] = "cpu",
     tokens: Annotated[int | None, typer.Option(min=1, help="Instead of the shape's.")] = None,
@@ -137,7 +137,7 @@ def step(
         Path | None, typer.Option(help="Folder of a model, instead of a shape of random weights.")
     ] = None,
     variant: Annotated[
-        list[str] | None, typer.Option(help="Our GEMMs: int16, fp32 …; the first is `rows`.")
+        list[str] | None, typer.Option(help="Our GEMMs: bf16x3, int16, fp32; the first is `rows`.")
     ] = None,
     peer: Annotated[
         list[str] | None, typer.Option(help="fp32 | bf16 | fp32-documents; all without it.")

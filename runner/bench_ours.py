@@ -44,6 +44,7 @@ def plan_of(folder: Path, variant: str, rank: int, alpha: float) -> Plan:
             "adapter": {"lora_rank": rank, "lora_alpha": alpha},
             "data": {"train": "random", "max_length": 64},
             "optim": {"batch_size": 1},
+            "kernels": {"cpu_gemm": variant},
         },
         "bench step",
     )

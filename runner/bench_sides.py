@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -167,8 +168,9 @@ PARTS = {
 
 def part_of(name: str) -> str:
     """The row of the shares table that an operator of the profile goes into."""
-    if name.startswith("trimpot::"):
-        return name.removeprefix("trimpot::").removesuffix("_backward")
+    # A custom op's own time is told under the name of the function that autograd made for it.
+    if named := re.match(r"trimpot::(\w+)|GeneratedBackwardFor_trimpot_(\w+?)_default", name):
+        return (named[1] or named[2]).removesuffix("_backward")
     plain = name.removeprefix("aten::")
     for key, part in PARTS.items():
         if plain == key or (len(key) > 5 and key in plain):

@@ -11,8 +11,10 @@ from trimpot.kernels.bench.case import Outcome
 
 FACTOR = 2.0
 """A kernel may be off by twice what torch is off by in the same dtype (FlashAttention's rule)."""
-INT16_FACTOR = 0.5
-"""int16 arithmetic under precision bf16: half of the error of torch's bf16."""
+LOW = (":int16", ":bf16x3")
+"""How backends end that compute in less than the tensors' float32."""
+LOW_FACTOR = 0.5
+"""Of theirs, which precision bf16 permits: half of the error of torch's bf16."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from trimpot.kernels.bench.case import (
     Variant,
     dtype_name,
 )
+from trimpot.kernels.bench.check import LOW
 from trimpot.kernels.bench.environment import environment
 from trimpot.kernels.bench.linears import cross_entropy_case, logprobs_case, lora_case
 from trimpot.kernels.bench.measure import Runner, interleave, peak_memory, runner_of
@@ -129,7 +130,7 @@ def bench_call(
         modes = _asked(case, options.modes)
         rows.append(base | refused(",".join(modes), wanted, ",".join(peers), found))
     others = variants(case, peers, options.foreign)
-    if _any_int16(ready) and "torch" in peers and dtype is torch.float32 and case.leaves:
+    if _any_low(ready) and "torch" in peers and dtype is torch.float32 and case.leaves:
         others.append(torch_variant(case, torch.bfloat16))
     if not ready:
         return rows
@@ -143,8 +144,8 @@ def bench_call(
     return rows + [base | row for row in timed]
 
 
-def _any_int16(ready: Sequence[Ours]) -> bool:
-    return any(each.backend.endswith(":int16") for each in ready)
+def _any_low(ready: Sequence[Ours]) -> bool:
+    return any(each.backend.endswith(LOW) for each in ready)
 
 
 def _asked(case: Case, modes: Sequence[str]) -> list[str]:

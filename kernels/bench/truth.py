@@ -21,7 +21,7 @@ from trimpot.kernels.bench.case import (
     outcome_of,
     upstream_like,
 )
-from trimpot.kernels.bench.check import FACTOR, INT16_FACTOR, Judgement, judge, worst
+from trimpot.kernels.bench.check import FACTOR, LOW, LOW_FACTOR, Judgement, judge, worst
 from trimpot.kernels.bench.peers import torch_variant
 from trimpot.kernels.errors import BackendError
 
@@ -56,12 +56,12 @@ class Truth:
         self._yardsticks: dict[str, Outcome] = {}
 
     def judge(self, variant: Variant, backend: str) -> Judgement:
-        """int16 on float32 tensors is held to half of bf16's error, everything else to twice
-        torch's own. (16-bit tensors round every result as torch does.)"""
-        int16 = backend.endswith(":int16") and self.case.dtype is torch.float32
+        """int16 and bf16x3 on float32 tensors are held to half of bf16's error, everything else to
+        twice torch's own. (16-bit tensors round every result as torch does.)"""
+        low = backend.endswith(LOW) and self.case.dtype is torch.float32
         found = outcome_of(variant, self.case, self.case.inputs, self.upstream)
-        factor = INT16_FACTOR if int16 else FACTOR
-        return judge(found, self._yardstick(int16), self.exact, factor)
+        factor = LOW_FACTOR if low else FACTOR
+        return judge(found, self._yardstick(low), self.exact, factor)
 
     def _yardstick(self, bf16: bool) -> Outcome:
         name = "bf16" if bf16 else "own"

@@ -107,6 +107,8 @@ def test_gradients_of_other_tensors_are_not_compared() -> None:
 
 def test_parts_of_a_step() -> None:
     assert bench_sides.part_of("trimpot::lora_linear_backward") == "lora_linear"
+    own = "GeneratedBackwardFor_trimpot_linear_cross_entropy_defaultBackward"
+    assert bench_sides.part_of(own) == "linear_cross_entropy"
     assert bench_sides.part_of("aten::mm") == "GEMM (torch)"
     assert bench_sides.part_of("aten::mul").startswith("elementwise")
     name = "aten::_scaled_dot_product_flash_attention_for_cpu_backward"

@@ -188,9 +188,7 @@ def test_arithmetic_that_can_not_run_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert choose("rope", gemm="bf16x3").backend == "cpp"
     closed = native.State(False, "shut")
     monkeypatch.setattr(native, "state", lambda: closed)
-    with pytest.raises(
-        BackendError, match="cpu_gemm is int16, and lora_linear can.t run in it: s"
-    ):
+    with pytest.raises(BackendError, match="cpu_gemm is int16, and lora_linear"):
         choose("lora_linear", gemm="int16")
     assert choose("lora_linear", gemm="fp32").backend == "torch"
 
