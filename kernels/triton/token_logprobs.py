@@ -3,6 +3,10 @@ traffic in vocabulary.py.
 
 Forward reads the logits of a chunk once; backward reads them once, made again by the vendor's
 product, and writes their gradient in place. A row that is ignored is not read.
+
+Backward takes softmax(u) as exp(u − lse) with the lse that forward kept. Its rounding, half a unit
+in the last place, is that of any one logit of its size; a sum of its own would be free of it, and
+would read each row twice.
 """
 
 from __future__ import annotations

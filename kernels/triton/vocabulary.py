@@ -1,7 +1,8 @@
 """Softmax over the vocabulary, for linear_cross_entropy.py and token_logprobs.py.
 
 C rows of a chunk, V vocabulary, H hidden; logits come as `u = z·height`, or with a soft cap c as
-`u = t·height`, t = tanh(z/c), where height holds c and one over the temperature. Then
+`u = t·height`, t = tanh(z/c), where height holds c and one over the temperature. Then, with w, ε
+and ζ of ops/linear_cross_entropy.py,
 
     lse = log Σ_V exp u;  dz = w (softmax(u)·(1 + 2 ζ lse) − (1 − ε) 1_y − ε/V) (1 − t²)
 
