@@ -1,0 +1,383 @@
+"""Our ops in models of transformers: the same loss and gradients as transformers' own code, by the
+2 × rule against float64, and the table that says what runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional
+
+from trimpot.kernels import native
+from trimpot.runner import hub
+from trimpot.runner.adapters.lora import LoraLinear, add_lora, lora_layers
+from trimpot.runner.config import AdapterSection
+from trimpot.runner.fused.norm import norm_kind
+from trimpot.runner.fused.swap import FAMILIES, NOUNS, Table, swap_in
+from trimpot.runner.tasks.causal_lm import token_loss_sum
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 211,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", {"sliding_window": 5}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {}),
+    "gemma": ("Gemma", {}),
+    "gemma2": ("Gemma2", {"sliding_window": 5, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3", {"sliding_window": 5}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
+}
+BACKENDS = ["torch", *(["cpp"] if native.state().available else [])]
+ADAPTER = AdapterSection(lora_rank=4, lora_alpha=8.0)
+ATTENTION = {"gemma2": "eager"}
+"""Only eager attention caps Gemma 2's scores."""
+
+
+def build(family: str, **changes: Any) -> Any:
+    name, own = CONFIGS[family]
+    kind = f"{name}TextConfig" if family == "gemma3" else f"{name}Config"
+    config = getattr(transformers, kind)(**{**COMMON, **own, **changes})
+    config._attn_implementation = ATTENTION.get(family, "sdpa")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():  # as initialised, norms are 1 and biases 0: nothing would show
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape) * 0.2)
+    return model.train()
+
+
+def with_lora(model: Any) -> Any:
+    add_lora(model, ADAPTER, seed=1)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.1)
+    return model
+
+
+def table(backend: str) -> Table:
+    return {op: {"backend": backend, "why": "a test"} for op in (*NOUNS, "adamw_step")}
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Two rows of 17 tokens, the second one padded on the right; some labels are not trained."""
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, COMMON["vocab_size"], (2, 17), generator=draw)
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :4] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def plain_loss(model: Any) -> torch.Tensor:
+    """transformers' logits, torch's cross-entropy."""
+    given = batch()
+    labels = given.pop("labels")[:, 1:]
+    logits = model(**given).logits[:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+def outcome(model: Any, loss: Callable[[Any], torch.Tensor]) -> list[torch.Tensor]:
+    model.zero_grad()
+    value = loss(model)
+    value.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None for p in trained)
+    return [value.detach(), *(p.grad for p in trained if p.grad is not None)]
+
+
+def our_loss(model: Any) -> torch.Tensor:
+    return token_loss_sum(model, batch())
+
+
+def distance(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
+    return [
+        float((a.double() - e).norm() / e.norm().clamp_min(1e-9))
+        for a, e in zip(found, exact, strict=True)
+    ]
+
+
+def assert_two_fold(found: Any, plain: Any, exact: Any) -> None:
+    """Loss by itself, gradients together: single ones of plain torch may be right by luck."""
+    mine, peer = distance(found, exact), distance(plain, exact)
+    assert mine[0] <= 2 * peer[0] + 1e-6
+    assert sum(mine[1:]) <= 2 * sum(peer[1:]), (sum(mine[1:]), sum(peer[1:]))
+
+
+def wide(model: Any) -> Any:
+    """The model in float64. Norms of transformers round to float32 in between: they may not."""
+    return copy.deepcopy(model).double()
+
+
+@pytest.fixture
+def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.to(torch.float32)` and `.float()` of what is float64 do nothing: a yardstick must not
+    round."""
+    to, single, softmax = torch.Tensor.to, torch.Tensor.float, functional.softmax
+
+    def keep(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if tensor.dtype == torch.float64 and (args[:1] == (torch.float32,)):
+            return tensor
+        return to(tensor, *args, **kwargs)
+
+    def as_wide(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if x.dtype == torch.float64:
+            kwargs.pop("dtype", None)
+        return softmax(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", keep)
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else single(t)
+    )
+    monkeypatch.setattr(functional, "softmax", as_wide)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("exact_norms")
+def test_every_family_learns_the_same(family: str, backend: str, method: str) -> None:
+    model = build(family)
+    if method == "lora":
+        with_lora(model)
+    exact = outcome(wide(model), plain_loss)
+    plain = outcome(copy.deepcopy(model), plain_loss)
+    came = swap_in(model, table(backend))
+    assert_two_fold(outcome(model, our_loss), plain, exact)
+    gate = "geglu" if family.startswith("gemma") else "swiglu"
+    ran = {op for op, row in came.items() if op in NOUNS and row["backend"] == backend}
+    wanted = {"add_rms_norm", "rope", gate, "linear_cross_entropy"}
+    assert ran == wanted | ({"lora_linear"} if method == "lora" else set()), came
+
+
+def test_the_table_counts_what_runs() -> None:
+    model = with_lora(build("qwen3"))
+    came = swap_in(model, table("torch"))
+    assert came["lora_linear"]["why"] == "a test; 14 layers"
+    assert came["add_rms_norm"]["why"] == "a test; 9 norms"  # 4 of each layer and the last
+    assert came["rope"]["why"] == "a test; 2 attention layers"
+    assert came["swiglu"]["why"] == "a test; 2 feed-forward layers"
+    assert came["linear_cross_entropy"]["why"] == "a test; 1 output layer"
+    assert came["geglu"]["backend"] == "off"
+    assert came["adamw_step"] == {"backend": "torch", "why": "a test"}
+
+
+def test_off_leaves_the_model_as_it_is() -> None:
+    model = with_lora(build("llama"))
+    before = [type(module) for module in model.modules()]
+    came = swap_in(model, table("off"))
+    assert [type(module) for module in model.modules()] == before
+    assert came == table("off")
+
+
+@pytest.mark.parametrize("on", [op for op in NOUNS if op != "geglu"])
+def test_each_op_alone(on: str) -> None:
+    """One op on and the others off: none stands on another."""
+    model = with_lora(build("llama"))
+    plain = outcome(copy.deepcopy(model), plain_loss)
+    came = swap_in(model, {**table("off"), on: {"backend": "torch", "why": "a test"}})
+    assert came[on]["backend"] == "torch"
+    for a, b in zip(outcome(model, our_loss), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_keep_their_names_and_values() -> None:
+    model = with_lora(build("gemma2"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    swap_in(model, table("torch"))
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert type(model).__name__ == "Gemma2ForCausalLM"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_swapped_model_generates_the_same(backend: str) -> None:
+    """With its cache of keys and values, and from left-padded prompts."""
+    model = with_lora(build("qwen3")).eval()
+    ids = torch.tensor([[0, 0, 7, 9, 23], [5, 88, 4, 100, 31]])
+    given = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(**given, **settings)
+    swap_in(model, table(backend))
+    assert torch.equal(model.generate(**given, **settings), want)
+
+
+def test_other_models_keep_their_own_code() -> None:
+    """GPT-2 has none of the layers; its loss still goes with its output layer."""
+    config = transformers.GPT2Config(
+        vocab_size=211, n_embd=48, n_layer=2, n_head=4, n_positions=64,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).train()
+    plain = outcome(copy.deepcopy(model), plain_loss)
+    came = swap_in(model, table("torch"))
+    for op in ("rope", "swiglu"):
+        assert came[op]["backend"] == "off"
+        assert "none of the layers known: gemma, gemma2" in came[op]["why"]
+    assert came["add_rms_norm"] == {
+        "backend": "off",
+        "why": "no module of the model computes an RMS norm",
+    }
+    assert came["linear_cross_entropy"]["backend"] == "torch"
+    for a, b in zip(outcome(model, our_loss), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_that_are_more_than_a_product_stay() -> None:
+    """Cohere scales its logits: the fused loss would be another one."""
+    config = transformers.CohereConfig(**{**COMMON, "logit_scale": 0.25})
+    torch.manual_seed(0)
+    model = transformers.CohereForCausalLM(config).train()
+    plain = plain_loss(model)
+    came = swap_in(model, table("torch"))
+    assert came["linear_cross_entropy"]["backend"] == "off"
+    assert "makes more of its logits" in came["linear_cross_entropy"]["why"]
+    torch.testing.assert_close(our_loss(model), plain)
+
+
+def _norms() -> Iterator[tuple[str, nn.Module, float | None]]:
+    """(what it is, the module, the offset of its weight or None if it is no RMS norm)"""
+    model = build("llama")
+    yield "llama", model.model.norm, 0.0
+    yield "gemma", build("gemma").model.norm, 1.0
+    yield "layer norm", nn.LayerNorm(48), None
+    yield "torch's", nn.RMSNorm(48, eps=1e-5), 0.0
+    yield "linear", nn.Linear(4, 4), None
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_norms_are_told_by_their_numbers(number: int) -> None:
+    name, module, offset = list(_norms())[number]
+    kind = norm_kind(module)
+    assert (kind.offset if kind else None) == offset, name
+
+
+class _Odd(nn.Module):
+    """Nearly an RMS norm: the fault decides."""
+
+    def __init__(self, fault: str):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(48))
+        self.variance_epsilon, self.fault = 1e-6, fault
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x - x.mean(-1, keepdim=True) if self.fault == "mean" else x
+        eps = 0.0 if self.fault == "eps" else self.variance_epsilon
+        y = x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * self.weight
+        return 2 * y if self.fault == "scale" else y
+
+
+@pytest.mark.parametrize("fault", ["", "mean", "eps", "scale"])
+def test_what_is_nearly_a_norm_is_none(fault: str) -> None:
+    assert (norm_kind(_Odd(fault)) is None) == bool(fault)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recomputed_layers_have_the_same_gradients(backend: str) -> None:
+    """With dropout: its masks come again, bit for bit."""
+    adapter = ADAPTER.model_copy(update={"lora_dropout": 0.3})
+    found = []
+    for recompute in (False, True):
+        model = build("llama")
+        add_lora(model, adapter, seed=1)
+        with torch.no_grad():
+            for layer in lora_layers(model).values():
+                layer.lora_B.fill_(0.1)
+        swap_in(model, table(backend))
+        if recompute:
+            hub.recompute_layers(model)
+        torch.manual_seed(11)
+        found.append(outcome(model, our_loss))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_dropout_is_the_same_with_kernels_and_without() -> None:
+    adapter = ADAPTER.model_copy(update={"lora_dropout": 0.3})
+    found = []
+    for backend in ("off", *BACKENDS):
+        model = build("llama")
+        add_lora(model, adapter, seed=1)
+        with torch.no_grad():
+            for layer in lora_layers(model).values():
+                layer.lora_B.fill_(0.1)
+        only = {**table("off"), "lora_linear": {"backend": backend, "why": "a test"}}
+        swap_in(model, only)
+        # One by one, as seeds are drawn sibling by sibling too.
+        torch.manual_seed(11)
+        found.append(outcome(model, our_loss))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_decoder_layer_compiles_whole(backend: str) -> None:
+    model = with_lora(build("qwen3"))
+    swap_in(model, table(backend))
+    layer = model.model.layers[0]
+    x = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(2))
+    positions = model.model.rotary_emb(x, torch.arange(9)[None])
+
+    def run(function: Any) -> list[torch.Tensor]:
+        given = x.clone().requires_grad_()
+        layer.zero_grad()
+        y = function(given, position_embeddings=positions, attention_mask=None)
+        y.square().sum().backward()
+        grads = [p.grad for p in layer.parameters() if p.grad is not None]
+        assert len(grads) == 14 and given.grad is not None
+        return [y.detach(), given.grad, *grads]
+
+    eager = run(layer)
+    whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(whole), eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_siblings_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k, v and gate, up: 4 calls a layer, not 7."""
+    from trimpot.runner.adapters import lora
+
+    calls: list[int] = []
+    whole = lora.lora_linear
+
+    def counted(x: torch.Tensor, weights: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(weights))
+        return whole(x, weights, *args, **kwargs)
+
+    monkeypatch.setattr(lora, "lora_linear", counted)
+    model = with_lora(build("llama"))
+    swap_in(model, table("torch"))
+    our_loss(model)
+    assert calls == [3, 1, 2, 1] * 2
+
+
+def test_an_adapter_that_is_scaled_to_nothing_is_not_computed() -> None:
+    """What evaluation of the base model uses: bit for bit the base layer."""
+    model = with_lora(build("llama"))
+    swap_in(model, table("torch"))
+    layer = next(m for m in model.modules() if isinstance(m, LoraLinear))
+    layer.scale = 0
+    x = torch.randn(3, 48)
+    assert torch.equal(layer(x), layer.base_layer(x))
