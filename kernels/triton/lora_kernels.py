@@ -48,12 +48,14 @@ def _pick(sibling, p0, p1, p2, p3):
 
 @triton.jit
 def _block(TABLE, block, ROWS: tl.constexpr):
-    """The block's adapter, its rows (int64), and which of them it has."""
+    """The block's adapter (0 for none), its rows (int64), which of them it has, and which of them
+    have an adapter."""
     adapter = tl.load(TABLE + 3 * block)
     first = tl.load(TABLE + 3 * block + 1)
     count = tl.load(TABLE + 3 * block + 2)
     local = tl.arange(0, ROWS)
-    return adapter, first.to(tl.int64) + local, local < count
+    adapted = local < tl.where(adapter < 0, 0, count)
+    return tl.maximum(adapter, 0), first.to(tl.int64) + local, local < count, adapted
 
 
 @triton.jit
@@ -117,9 +119,7 @@ def lora_shrink(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """S_j = factor_j (keep_j ⊙ x) P_jᵀ, P_j [n, rank, depth] by its steps; 0 without an adapter."""
-    adapter, row, inside = _block(TABLE, tl.program_id(0), BLOCK_M)
-    inside &= adapter >= 0
-    adapter = tl.maximum(adapter, 0)
+    adapter, row, inside, adapted = _block(TABLE, tl.program_id(0), BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     r = tl.arange(0, RANK)
     at = adapter.to(tl.int64) * rank * depth
@@ -131,10 +131,10 @@ def lora_shrink(
     X += row[:, None] * x_stride + k[None, :]
     for first in tl.range(0, depth, BLOCK_K, num_stages=_stages(STAGES)):
         if ALIGNED:
-            x = tl.load(X, mask=inside[:, None], other=0.0)
+            x = tl.load(X, mask=adapted[:, None], other=0.0)
             p_mask = (r < rank)[None, :]
         else:
-            x = tl.load(X, mask=inside[:, None] & (first + k < depth)[None, :], other=0.0)
+            x = tl.load(X, mask=adapted[:, None] & (first + k < depth)[None, :], other=0.0)
             p_mask = (first + k < depth)[:, None] & (r < rank)[None, :]
         summed = ()
         for j in tl.static_range(COUNT):
@@ -149,12 +149,11 @@ def lora_shrink(
         accs = summed
         X += BLOCK_K
         p_at += BLOCK_K * depth_step
-    written = tl.load(TABLE + 3 * tl.program_id(0) + 2) > tl.arange(0, BLOCK_M)
     for j in tl.static_range(COUNT):
         s = accs[j] * tl.load(FACTORS + j * adapters + adapter)
         tl.store(
             ss[j] + row[:, None] * rank + r[None, :], s.to(ss[j].dtype.element_ty),
-            mask=written[:, None] & (r < rank)[None, :],
+            mask=inside[:, None] & (r < rank)[None, :],
         )  # fmt: skip
 
 
@@ -176,9 +175,7 @@ def lora_base(
         S, B, Y = _pick(j, S0, S1, S2, S3), _pick(j, B0, B1, B2, B3), _pick(j, Y0, Y1, Y2, Y3)
         columns, tile = _pick(j, n0, n1, n2, n3), tile - _pick(j, 0, t1, t2, t3)
         scale_at = j * adapters
-    adapter, row, inside = _block(TABLE, block, BLOCK_M)
-    adapted = inside & (adapter >= 0)
-    adapter = tl.maximum(adapter, 0)
+    adapter, row, inside, adapted = _block(TABLE, block, BLOCK_M)
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_inside = column < columns
     acc = _low_rank(
@@ -209,7 +206,7 @@ def lora_gradients(
     → DB[stretch, columns, rank]."""
     tile = tl.program_id(0)
     stretch = tl.program_id(1)
-    adapter, first_row, inside = _block(TABLE, stretch, ROWS)
+    adapter, first_row, _, _ = _block(TABLE, stretch, ROWS)
     count = tl.load(TABLE + 3 * stretch + 2)
     scale = tl.load(SCALES + adapter)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -243,7 +240,7 @@ def lora_outer(
     """factor_j S_jᵀ (keep_j ⊙ V) of a stretch of rows → OUT[j, stretch, rank, columns]; S is
     [j, rows, rank]."""
     stretch = tl.program_id(1)
-    adapter, first_row, inside = _block(TABLE, stretch, BLOCK_M)
+    adapter, first_row, _, _ = _block(TABLE, stretch, BLOCK_M)
     count = tl.load(TABLE + 3 * stretch + 2)
     first_column = tl.program_id(0) * BLOCK_N
     column = first_column + tl.arange(0, BLOCK_N)
@@ -292,9 +289,7 @@ def lora_dx(
     """Σ_j dY_j W_j + factor_j keep_j ⊙ (dS_j A_j). The masked products come first: only then is
     there room for two accumulators."""
     block, tile = _tile(blocks, tiles, GROUP)
-    adapter, row, inside = _block(TABLE, block, BLOCK_M)
-    adapted = inside & (adapter >= 0)
-    adapter = tl.maximum(adapter, 0)
+    adapter, row, inside, adapted = _block(TABLE, block, BLOCK_M)
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_inside = column < depth
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

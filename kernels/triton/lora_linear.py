@@ -160,7 +160,7 @@ class _Call:
     ) -> None:
         """S_j = factor (keep ⊙ x) P_jᵀ, with P_j [n, R, depth] (of any strides)."""
         depth, size = x.shape[1], x.element_size()
-        together = max(256 // self.padded, 1)  # more would not fit into registers
+        together = max((256 if self.low else 128) // self.padded, 1)  # more would spill
         block_m = next((m for m in (64, 32) if x.shape[0] >= m * processors(x.device)), 16)
         for first in range(0, len(ps), together):
             group = slice(first, first + together)
@@ -175,7 +175,7 @@ class _Call:
                 x.stride(0), depth, self.rank, self.adapters, *ps[0].stride()[1:],
                 COUNT=count, DROPOUT=dropout, ALIGNED=depth % block_k == 0,
                 BLOCK_M=block_m, BLOCK_K=block_k, RANK=self.padded, STAGES=4,
-                threads=256 if count * self.padded > 128 else 128,
+                threads=256 if count * self.padded > 64 else 128,
             )  # fmt: skip
 
     def base(self, biases: Tensors, ss: Tensors) -> Tensors:
@@ -257,6 +257,8 @@ class _Call:
 
     def input_gradient(self, dys: Tensors, ds: torch.Tensor, dx: torch.Tensor) -> None:
         tile = self._tile()
+        if self.dropout:
+            tile["RANK_BLOCK"] = 16  # beside a mask and two accumulators more would spill
         table = self.blocks(tile["BLOCK_M"])
         tiles = triton.cdiv(self.depth, tile["BLOCK_N"])
         aligned = all(n % tile["BLOCK_K"] == 0 for n in self.widths)
