@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "bytes.h"
 #include "gemm.h"
 #include "split.h"
 
@@ -102,10 +103,53 @@ void bind_split(py::module_& m) {
         Free());
 }
 
+void bind_bytes(py::module_& m) {
+    using Free = py::call_guard<py::gil_scoped_release>;
+    py::class_<BytePack>(m, "BytePack")
+        .def(py::init(
+            [](Int rows, Int depth, Int panels, Int block, Int blocks, Address q, Address scale) {
+                return BytePack{
+                    rows, depth, panels, block, blocks, at<std::uint8_t>(q), at<float>(scale)};
+            }));
+    py::class_<ByteRows>(m, "ByteRows")
+        .def(py::init(
+            [](Int rows, Int padded, Int block, Int blocks, Address q, Address scale, Address sum) {
+                return ByteRows{rows,
+                                padded,
+                                block,
+                                blocks,
+                                at<std::int8_t>(q),
+                                at<float>(scale),
+                                at<std::int32_t>(sum)};
+            }));
+    m.def(
+        "byte_pack",
+        [](const BytePack& pack, const Weight& weight, bool transposed) {
+            const auto [data, stride, bf16] = weight;
+            return byte_table().pack(pack, matrix_of(data, stride, bf16), transposed);
+        },
+        Free());
+    m.def(
+        "byte_rows",
+        [](Address x, Int stride, bool bf16, Int width, const ByteRows& out) {
+            byte_table().quantise(matrix_of(x, stride, bf16), width, out);
+        },
+        Free());
+    m.def(
+        "byte_multiply",
+        [](const ByteRows& x, const BytePack& pack, Address y, Int stride, Address bias, bool add,
+           Address left, Int left_stride, Address right, Int rank) {
+            byte_table().multiply(x, pack, at<float>(y), stride, at<const float>(bias), add,
+                                  update_of(left, left_stride, right, rank));
+        },
+        Free());
+}
+
 }  // namespace
 
 void bind_gemm(py::module_& m) {
     using Free = py::call_guard<py::gil_scoped_release>;
+    bind_bytes(m);
     bind_split(m);
     py::class_<Pack>(m, "Pack").def(py::init(
         [](Int rows, Int depth, Int panels, Int block, Int blocks, Address q, Address row_scale,

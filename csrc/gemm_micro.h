@@ -1,7 +1,7 @@
 // The innermost loop: a 14 x 32 tile over 32-bit lanes of the contraction. Included once per
 // instruction set, inside its namespace; TRIMPOT_GEMM_AVX512 selects the assembly.
 //
-// A lane is one float, two bfloat16 or int16, or four int8: what is loaded and broadcast is the
+// A lane is one float, two int16 or four bytes: what is loaded and broadcast is the
 // same 32 bits, and only the instruction that multiplies and adds differs.
 // Left operand: row r, lane l at a + r * row + l * lane (bytes). Right: column c, lane l at
 // b + l * b_lane + 4 c. tile: 14 rows of 32 sums, overwritten, 64-byte aligned.
@@ -76,8 +76,8 @@
     }
 
 TRIMPOT_MICRO(micro_fp32, "vfmadd231ps")
-TRIMPOT_MICRO(micro_bf16, "vdpbf16ps")
 TRIMPOT_MICRO(micro_int16, "vpdpwssd")
+TRIMPOT_MICRO(micro_bytes, "vpdpbusd")
 
 #undef TRIMPOT_MICRO
 #undef TRIMPOT_ROW
@@ -110,6 +110,22 @@ static inline void micro_int16(std::int64_t lanes, const char* a, std::int64_t r
                 reinterpret_cast<const std::int16_t*>(a + r * row + l * lane);
             for (int c = 0; c < kTileColumns; ++c) {
                 sums[r][c] += left[0] * right[2 * c] + left[1] * right[2 * c + 1];
+            }
+        }
+    }
+    __builtin_memcpy(tile, sums, sizeof sums);
+}
+
+// Signed bytes on the left, unsigned ones on the right.
+static inline void micro_bytes(std::int64_t lanes, const char* a, std::int64_t row,
+                               std::int64_t lane, const char* b, std::int64_t b_lane, void* tile) {
+    std::int32_t sums[kTileRows][kTileColumns] = {};
+    for (std::int64_t l = 0; l < lanes; ++l) {
+        const auto* right = reinterpret_cast<const std::uint8_t*>(b + l * b_lane);
+        for (int r = 0; r < kTileRows; ++r) {
+            const auto* left = reinterpret_cast<const std::int8_t*>(a + r * row + l * lane);
+            for (int c = 0; c < kTileColumns; ++c) {
+                for (int i = 0; i < 4; ++i) sums[r][c] += left[i] * right[4 * c + i];
             }
         }
     }

@@ -79,7 +79,8 @@ def _cpp(facts: Facts) -> Answer:
 INT16 = "int16 (error 1.5e-4, bf16: 2.9e-3)"
 BF16X3 = "bf16x3 (error 4e-6, bf16: 2.9e-3)"
 FP32 = "fp32"
-ARITHMETICS = {"fp32": FP32, "int16": INT16, "bf16x3": BF16X3}
+INT8 = "int8 (error 1e-2, bf16: 2.9e-3)"
+ARITHMETICS = {"fp32": FP32, "int16": INT16, "bf16x3": BF16X3, "int8": INT8}
 
 
 def _cpp_gemm(facts: Facts) -> Answer:
@@ -167,7 +168,7 @@ def choose(op: str, wanted: str = AUTO, **facts: Any) -> Choice:
 
 def _wants_packs(facts: Facts) -> bool:
     """Whether an arithmetic was asked for that no other backend on a CPU has."""
-    return facts.get("gemm") in ("int16", "bf16x3") and facts.get("device", "cpu") == "cpu"
+    return facts.get("gemm") in ("int16", "bf16x3", "int8") and facts.get("device", "cpu") == "cpu"
 
 
 def _forced(op: str, wanted: str, facts: Facts) -> Choice:

@@ -208,10 +208,10 @@ class KernelsSection(Section):
     """gelu(gate) · up."""
     adamw_step: KernelBackend | None = None
     """The optimizer's update, in one pass over memory."""
-    cpu_gemm: Literal["auto", "fp32", "int16", "bf16x3"] = "auto"
+    cpu_gemm: Literal["auto", "fp32", "int16", "bf16x3", "int8"] = "auto"
     """Arithmetic of products with frozen weights on CPUs: fp32; int16 in block fixed point (error
-    1.5e-4 of the result, where bf16 has 2.9e-3); or bf16x3 on AMX tiles (4e-6). auto: fp32 under
-    precision fp32, else the fastest that is at least as close as bf16."""
+    1.5e-4 of the result, where bf16 has 2.9e-3); bf16x3 on AMX tiles (4e-6); int8 (1e-2). auto:
+    fp32 under precision fp32, else the fastest that is at least as close as bf16: never int8."""
 
 
 class CheckpointSection(Section):

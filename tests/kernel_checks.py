@@ -14,7 +14,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = ("generic", "avx2", "avx512")
 STATE = native.state()
 needs_extension = pytest.mark.skipif(not STATE.available, reason=STATE.why)
-ARITHMETICS = ("cpp:fp32", "cpp:int16")
+TILES = STATE.available and native.extension().gemm_fast_split()
+LOW = ("cpp:int16", "cpp:bf16x3") if TILES else ("cpp:int16",)
+"""Those of less than the tensors' float32 that precision bf16 permits."""
+ARITHMETICS = ("cpp:fp32", *LOW)
 cpp_arithmetics = pytest.mark.parametrize(
     "backend", [pytest.param(name, marks=needs_extension) for name in ARITHMETICS]
 )
@@ -63,9 +66,9 @@ def assert_half_of_bf16(got: Tensors, low: Tensors, exact: Tensors) -> None:
 
 
 def assert_judged(backend: str, got: Tensors, plain: Tensors, low: Tensors, exact: Tensors) -> None:
-    """int16 on float32 is held to half of the error of torch's bfloat16 (`low`), all else to twice
-    that of torch in the same type (`plain`)."""
-    if backend == "cpp:int16" and plain[0].dtype == torch.float32:
+    """Low arithmetic on float32 is held to half of the error of torch's bfloat16 (`low`), all else
+    to twice that of torch in the same type (`plain`)."""
+    if backend in LOW and plain[0].dtype == torch.float32:
         assert_half_of_bf16(got, low, exact)
     else:
         assert_twice(got, plain, exact)

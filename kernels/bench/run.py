@@ -145,7 +145,7 @@ def bench_call(
 
 
 def _any_low(ready: Sequence[Ours]) -> bool:
-    return any(each.backend.endswith(LOW) for each in ready)
+    return any(each.backend.endswith(tuple(LOW)) for each in ready)
 
 
 def _asked(case: Case, modes: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from trimpot.kernels.bench.case import (
     outcome_of,
     upstream_like,
 )
-from trimpot.kernels.bench.check import FACTOR, LOW, LOW_FACTOR, Judgement, judge, worst
+from trimpot.kernels.bench.check import FACTOR, LOW, Judgement, judge, worst
 from trimpot.kernels.bench.peers import torch_variant
 from trimpot.kernels.errors import BackendError
 
@@ -56,11 +56,12 @@ class Truth:
         self._yardsticks: dict[str, Outcome] = {}
 
     def judge(self, variant: Variant, backend: str) -> Judgement:
-        """int16 and bf16x3 on float32 tensors are held to half of bf16's error, everything else to
+        """Arithmetic of less than float32 is held to a share of bf16's error, everything else to
         twice torch's own. (16-bit tensors round every result as torch does.)"""
-        low = backend.endswith(LOW) and self.case.dtype is torch.float32
+        shares = [share for end, share in LOW.items() if backend.endswith(end)]
+        low = bool(shares) and self.case.dtype is torch.float32
         found = outcome_of(variant, self.case, self.case.inputs, self.upstream)
-        factor = LOW_FACTOR if low else FACTOR
+        factor = shares[0] if low else FACTOR
         return judge(found, self._yardstick(low), self.exact, factor)
 
     def _yardstick(self, bf16: bool) -> Outcome:

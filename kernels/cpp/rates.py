@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from trimpot.kernels import native
-from trimpot.kernels.cpp import gemm, split
+from trimpot.kernels.cpp import gemm, int8, split
 from trimpot.kernels.errors import BackendError
 
-ARITHMETICS = ("auto", "fp32", "int16", "bf16x3")
-PACKED: dict[str, Any] = {"int16": gemm, "bf16x3": split}
+ARITHMETICS = ("auto", "fp32", "int16", "bf16x3", "int8")
+PACKED: dict[str, Any] = {"int16": gemm, "bf16x3": split, "int8": int8}
 """Those that pack weights, and the module that does it."""
 ROWS = 448
 AHEAD = 1.05

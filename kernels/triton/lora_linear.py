@@ -273,7 +273,7 @@ class _Call:
 
     def _tile(self) -> dict[str, int]:
         """Constants of the two large products."""
-        rank = {"RANK": self.padded, "RANK_BLOCK": min(self.padded, 64 if self.low else 32)}
+        rank = {"RANK": self.padded, "RANK_BLOCK": min(self.padded, 32)}
         if self.low:
             sizes = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "STAGES": 3, "threads": 256}
         else:
