@@ -66,6 +66,7 @@ def examine() -> Facts:
             {"op": c.op, "backend": c.backend, "why": c.why}
             for c in dispatch.table("cuda" if gpus else "cpu")
         ],
+        "cpu_gemm": dispatch.arithmetics(),
         "tools": {"c++": _compiler(), "nvcc": shutil.which("nvcc")},
         "ray": ray_environment(os.environ),
         "hf_offline": _truthy(os.environ.get("HF_HUB_OFFLINE")),
@@ -315,6 +316,8 @@ def _machine(facts: Mapping[str, Any]) -> Table:
         "memory": f"{facts['memory_bytes'] / GIB:.1f} GiB",
         "disk": f"{facts['disk']['free_bytes'] / GIB:.1f} GiB free in {facts['disk']['path']}",
         "versions": ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v),
+        "cpu_gemm": ", ".join(f"{n} errs by {e}" for n, e in facts["cpu_gemm"].items())
+        or "torch's",
         "native": ("yes: " if state["available"] else "no: ") + state["why"],
         "tools": ", ".join(f"{k}: {v or 'none'}" for k, v in facts["tools"].items()),
         "ray": _ray_line(facts["ray"]),

