@@ -224,7 +224,7 @@ def test_a_driver_that_fails_is_a_problem_and_no_crash(
     fake_tool(tmp_path, "nvidia-smi", script)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(doctor, "TOOL_TIMEOUT_S", 0.5)
-    begin = time.process_time()
+    begin = time.perf_counter()
     gpus, problems = doctor.find_gpus()
     assert time.perf_counter() - begin < 10
     assert gpus == []
