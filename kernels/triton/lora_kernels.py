@@ -3,10 +3,10 @@
 M tokens, K = d_in, N_j = d_out of sibling j, R = rank, padded to RANK. A kernel's table has a row
 (adapter, first row, rows) for each block of rows. Four siblings have arguments; COUNT are there.
 
-float32 on NVIDIA: a product is three tf32 products, of operands split in two, summed for at most 64
-columns and then added in float32. Tensor cores truncate where they accumulate: a modelled sum of
-4,096 that never leaves them is off by 1.5e-4, this one by 1.6e-6, torch's by 1.9e-6. AMD's multiply
-float32 as it is.
+float32 on NVIDIA: a product is three tf32 products, of operands split in two, summed for 32 columns
+(in skinny products up to 128) and then added in float32. Tensor cores truncate where they
+accumulate: a modelled sum of 4,096 that never leaves them is off by 1.5e-4, one of 32 at a time by
+1.6e-6, torch's by 1.9e-6. AMD's multiply float32 as it is.
 """
 
 # pyright: reportGeneralTypeIssues=false
