@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from exact import keep_float64
 from torch import nn
 from torch.nn import functional
 
@@ -124,38 +125,17 @@ def assert_two_fold(found: Any, plain: Any, exact: Any) -> None:
 
 
 def wide(model: Any) -> Any:
-    """The model in float64. Norms of transformers round to float32 in between: they may not."""
+    """The model in float64."""
     return copy.deepcopy(model).double()
-
-
-@pytest.fixture
-def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`.to(torch.float32)` and `.float()` of what is float64 do nothing: a yardstick must not
-    round."""
-    to, single, softmax = torch.Tensor.to, torch.Tensor.float, functional.softmax
-
-    def keep(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if tensor.dtype == torch.float64 and (args[:1] == (torch.float32,)):
-            return tensor
-        return to(tensor, *args, **kwargs)
-
-    def as_wide(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if x.dtype == torch.float64:
-            kwargs.pop("dtype", None)
-        return softmax(x, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "to", keep)
-    monkeypatch.setattr(
-        torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else single(t)
-    )
-    monkeypatch.setattr(functional, "softmax", as_wide)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.usefixtures("exact_norms")
-def test_every_family_learns_the_same(family: str, backend: str, method: str) -> None:
+def test_every_family_learns_the_same(
+    family: str, backend: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_float64(monkeypatch)
     model = build(family)
     if method == "lora":
         with_lora(model)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exact import keep_float64
 from peft import LoraConfig, get_peft_model
 from runs import config, prepared, run_arrangements
 from safetensors.torch import load_file
@@ -22,12 +23,14 @@ from trimpot.runner.types import Plan
 STEPS, BATCH = 20, 8
 
 
-def plain_torch(plan: Plan) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_torch(
+    plan: Plan, dtype: torch.dtype = torch.float32
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and adapter of a PEFT model in a loop that has nothing of ours but the tokens and
     the random start of A."""
     checked = plan.config
     train, _ = load_splits(Path(plan.run_dir) / "data")
-    model, weights = peft_model(checked)
+    model, weights = peft_model(checked, dtype)
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
     order = np.random.Generator(np.random.Philox(key=[checked.seed, 0])).permutation(len(train))
     losses = []
@@ -51,7 +54,9 @@ def plain_torch(plan: Plan) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, {name: p.detach() for name, p in weights.items()}
 
 
-def peft_model(checked: Config) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
+def peft_model(
+    checked: Config, dtype: torch.dtype
+) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
     """PEFT's model with our start, and its trained parameters under our names."""
     load = lambda: AutoModelForCausalLM.from_pretrained(checked.model.path, dtype=torch.float32)  # noqa: E731
     ours = load()
@@ -70,7 +75,7 @@ def peft_model(checked: Config) -> tuple[torch.nn.Module, dict[str, torch.nn.Par
     with torch.no_grad():
         for name, parameter in weights.items():
             parameter.copy_(start[name])
-    return model, weights
+    return model.to(dtype), weights
 
 
 def adapter_of(plan: Plan) -> dict[str, torch.Tensor]:
@@ -138,3 +143,31 @@ def test_bf16_stays_near_fp32_at_every_stage(reference, tmp_path):
     for plan, curve in zip(plans, curves, strict=True):
         # Seen: 0.0023 nats. Adam's bias correction off by one step: 0.015 (see start_engine).
         assert curve == pytest.approx(losses, abs=0.007), plan.zero_stage
+
+
+@pytest.mark.slow
+def test_kernels_keep_as_close_to_float64_as_torch_does(reference, tmp_path, monkeypatch):
+    """The loss at each of 20 steps, and the adapter after them: ours with every kernel on, against
+    transformers' own code, both against a loop in float64."""
+    base, _, _ = reference
+    by_kernels = {}
+    for default in ("auto", "off"):
+        kernels = base.kernels.model_copy(update={"default": default})
+        out = tmp_path / default
+        by_kernels[default] = prepared(
+            arranged(base.model_copy(update={"kernels": kernels}), out, 1, 0, 1)
+        )
+    on, off = run_arrangements(1, list(by_kernels.values()), tmp_path)
+    keep_float64(monkeypatch)
+    exact, adapter = plain_torch(by_kernels["off"], torch.float64)
+
+    def curve_off(found: list[float]) -> float:
+        return max(abs(a - b) for a, b in zip(found, exact, strict=True))
+
+    def adapter_off(plan: Plan) -> float:
+        saved = adapter_of(plan)
+        return sum(float((saved[key] - tensor).norm()) for key, tensor in adapter.items())
+
+    assert on != off  # other arithmetic, so that agreeing means something
+    assert curve_off(on) <= 2 * curve_off(off)
+    assert adapter_off(by_kernels["auto"]) <= 2 * adapter_off(by_kernels["off"])
