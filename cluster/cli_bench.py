@@ -137,7 +137,8 @@ def step(
         Path | None, typer.Option(help="Folder of a model, instead of a shape of random weights.")
     ] = None,
     variant: Annotated[
-        list[str] | None, typer.Option(help="Our GEMMs: bf16x3, int16, fp32; the first is `rows`.")
+        list[str] | None,
+        typer.Option(help="Our GEMMs: int16, bf16x3, int8, fp32; the first is `rows`."),
     ] = None,
     peer: Annotated[
         list[str] | None, typer.Option(help="fp32 | bf16 | fp32-documents; all without it.")

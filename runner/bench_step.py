@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from trimpot.kernels import native
 from trimpot.kernels.bench.stats import paired_ratio, spread
 from trimpot.runner.bench_workloads import Workload, find_workload, write_model
 from trimpot.runner.errors import ConfigError, TrainError
 
 REFERENCE, LOW = "fp32", "bf16"
+VARIANTS = ("int16",)
+"""One: all sides are in memory at once, 16 GiB at S."""
 PEERS = ("fp32", "bf16", "fp32-documents")
 TITLES = {
     ("fp32", False): "transformers + PEFT, fp32 sdpa",
@@ -35,11 +36,6 @@ TITLES = {
 }
 
 Say = Callable[[str], None]
-
-
-def default_variants() -> tuple[str, ...]:
-    """What this processor is fastest at, of what is far closer than bf16; and fp32."""
-    return ("bf16x3" if native.extension().gemm_fast_split() else "int16", "fp32")
 
 
 @dataclass
