@@ -21,37 +21,46 @@ static inline Halves halves_of(v16 x) {
     return {(u16x16)high, (u16x16)low};
 }
 
-static inline std::uint16_t* at_or_null(std::uint16_t* base, std::int64_t offset) {
-    return base ? base + offset : nullptr;
-}
-
 // ---- operands
+
+// Items [i, i + 32) of a row; those from `count` on are zero.
+static inline void split_step(Matrix x, std::int64_t row, std::int64_t column, std::int64_t count,
+                              std::uint16_t* high, std::uint16_t* low) {
+    const std::int64_t from = row * x.stride + column;
+    if (x.bf16) {
+        std::uint16_t items[32] = {};
+        if (count > 0) {
+            const auto* data = static_cast<const std::uint16_t*>(x.data) + from;
+            __builtin_memcpy(items, data, least(count, 32) * 2);
+        }
+        __builtin_memcpy(high, items, 64);
+        return;
+    }
+    alignas(64) float buffer[32] = {};
+    const float* items = static_cast<const float*>(x.data) + from;
+    if (count < 32) {
+        if (count > 0) __builtin_memcpy(buffer, items, count * 4);
+        items = buffer;
+    }
+    for (int half = 0; half < 32; half += 16) {
+        const Halves halves = halves_of(load16(items + half));
+        __builtin_memcpy(high + half, &halves.high, 32);
+        __builtin_memcpy(low + half, &halves.low, 32);
+    }
+}
 
 static void split_rows(Matrix x, std::int64_t width, const SplitRows& out) {
 #pragma omp parallel for schedule(static)
-    for (std::int64_t r = 0; r < out.padded; ++r) {
+    for (std::int64_t tile = 0; tile < out.padded; tile += 16) {
         for (std::int64_t b = 0; b < out.blocks; ++b) {
-            const std::int64_t to = (b * out.padded + r) * out.block, from = b * out.block;
-            const std::int64_t count = r < out.rows ? least(out.block, width - from) : 0;
-            std::int64_t i = 0;
-            if (x.bf16 && count > 0) {
-                const auto* items = static_cast<const std::uint16_t*>(x.data) + r * x.stride + from;
-                __builtin_memcpy(out.high + to, items, count * 2);
-                i = count;
-            } else {
-                const float* items = static_cast<const float*>(x.data) + r * x.stride + from;
-                for (; i < count; i += 16) {
-                    alignas(64) float buffer[16] = {};
-                    const bool whole = i + 16 <= count;
-                    if (!whole) __builtin_memcpy(buffer, items + i, (count - i) * 4);
-                    const Halves halves = halves_of(load16(whole ? items + i : buffer));
-                    __builtin_memcpy(out.high + to + i, &halves.high, 32);
-                    __builtin_memcpy(out.low + to + i, &halves.low, 32);
+            for (int r = 0; r < 16; ++r) {
+                const bool there = tile + r < out.rows;
+                for (std::int64_t i = 0; i < out.block; i += 32) {
+                    const std::int64_t to = (b * out.padded + tile) * out.block + i * 16 + r * 32;
+                    const std::int64_t column = b * out.block + i;
+                    split_step(x, there ? tile + r : 0, column, there ? width - column : 0,
+                               out.high + to, out.low ? out.low + to : nullptr);
                 }
-            }
-            for (; i < out.block; ++i) {
-                out.high[to + i] = 0;
-                if (out.low) out.low[to + i] = 0;
             }
         }
     }
@@ -161,9 +170,9 @@ struct Tiles {
     Tiles& operator=(const Tiles&) = delete;
 };
 
-#define TRIMPOT_LOAD_A(from)                  \
-    _tile_loadd(4, (from) + 32 * s, a_bytes); \
-    _tile_loadd(5, (from) + 32 * s + 16 * a_row, a_bytes)
+#define TRIMPOT_LOAD_A(from)              \
+    _tile_loadd(4, (from) + 512 * s, 64); \
+    _tile_loadd(5, (from) + 512 * s + 16 * a_row, 64)
 #define TRIMPOT_LOAD_B(from)                             \
     _tile_loadd(6, (from) + 32 * kTileColumns * s, 128); \
     _tile_loadd(7, (from) + 32 * kTileColumns * s + 32, 128)
@@ -173,50 +182,93 @@ struct Tiles {
     _tile_dpbf16ps(2, 5, 6); \
     _tile_dpbf16ps(3, 5, 7)
 
-// sums [32][32] (+)= `steps` · 32 items of 32 rows of A with 32 columns of B.
-template <bool A_LOW, bool B_LOW>
-static inline void micro_split(std::int64_t steps, const std::uint16_t* a_high,
-                               const std::uint16_t* a_low, std::int64_t a_row,
-                               const std::uint16_t* b_high, const std::uint16_t* b_low, float* sums,
-                               bool add) {
-    const std::int64_t a_bytes = 2 * a_row;
+static inline void load_sums(const float* sums) {
     constexpr std::int64_t kLower = 16 * kTileColumns;
-    if (add) {
-        _tile_loadd(0, sums, 128);
-        _tile_loadd(1, sums + 16, 128);
-        _tile_loadd(2, sums + kLower, 128);
-        _tile_loadd(3, sums + kLower + 16, 128);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (std::int64_t s = 0; s < steps; ++s) {
-        TRIMPOT_LOAD_A(a_high);
-        TRIMPOT_LOAD_B(b_high);
-        TRIMPOT_MULTIPLY;
-        if (A_LOW) {
-            TRIMPOT_LOAD_A(a_low);
-            TRIMPOT_MULTIPLY;
-            if (B_LOW) {
-                TRIMPOT_LOAD_A(a_high);
-            }
-        }
-        if (B_LOW) {
-            TRIMPOT_LOAD_B(b_low);
-            TRIMPOT_MULTIPLY;
-        }
-    }
+    _tile_loadd(0, sums, 128);
+    _tile_loadd(1, sums + 16, 128);
+    _tile_loadd(2, sums + kLower, 128);
+    _tile_loadd(3, sums + kLower + 16, 128);
+}
+
+static inline void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+static inline void store_sums(float* sums) {
+    constexpr std::int64_t kLower = 16 * kTileColumns;
     _tile_stored(0, sums, 128);
     _tile_stored(1, sums + 16, 128);
     _tile_stored(2, sums + kLower, 128);
     _tile_stored(3, sums + kLower + 16, 128);
 }
 
+// An operand of one block: rows of A in tiles of 16 x 32, or 32 columns of B. low may be null.
+struct Split16 {
+    const std::uint16_t *high, *low;
+
+    Split16 from(std::int64_t offset) const {
+        return {high + offset, low ? low + offset : nullptr};
+    }
+};
+
+// The sums += `steps` · 32 items of 32 rows of A with 32 columns of B.
+template <bool A_LOW, bool B_LOW>
+static inline void sum_steps(std::int64_t steps, std::int64_t a_row, Split16 a, Split16 b) {
+    for (std::int64_t s = 0; s < steps; ++s) {
+        TRIMPOT_LOAD_A(a.high);
+        TRIMPOT_LOAD_B(b.high);
+        TRIMPOT_MULTIPLY;
+        if (A_LOW) {
+            TRIMPOT_LOAD_A(a.low);
+            TRIMPOT_MULTIPLY;
+            if (B_LOW) {
+                TRIMPOT_LOAD_A(a.high);
+            }
+        }
+        if (B_LOW) {
+            TRIMPOT_LOAD_B(b.low);
+            TRIMPOT_MULTIPLY;
+        }
+    }
+}
+
 #undef TRIMPOT_LOAD_A
 #undef TRIMPOT_LOAD_B
 #undef TRIMPOT_MULTIPLY
+
+// C, and what is added to the products: a bias or what C holds.
+struct Result {
+    float* c;
+    std::int64_t stride, columns;
+    const float* bias;
+    bool add;
+};
+
+// 32 x 32 sums into C. Whole lines of it go past the caches, which then needn't fetch them first:
+// 0.87 of the time of a 2048 x 576 x 3072 product with stores through them.
+static inline void put_sums(const float* sums, const Result& to, std::int64_t r, std::int64_t end,
+                            std::int64_t p) {
+    const std::int64_t first = p * kTileColumns;
+    const Place place{to.c + r * to.stride + first, to.stride,
+                      static_cast<int>(least(kAmxRows, end - r)),
+                      static_cast<int>(least(kTileColumns, to.columns - first))};
+    const float* bias = to.bias ? to.bias + first : nullptr;
+    const bool lines = (reinterpret_cast<std::uintptr_t>(to.c) | to.stride * 4) % 64 == 0;
+    if (to.add || !lines || place.columns < kTileColumns) {
+        put_float(sums, bias, to.add, 1, place);
+        return;
+    }
+    for (int j = 0; j < kTileColumns; j += 16) {
+        const v16 base = bias ? load16(bias + j) : v16{};
+        for (int i = 0; i < place.rows; ++i) {
+            const v16 item = base + load16(sums + i * kTileColumns + j);
+            _mm512_stream_ps(place.c + i * to.stride + j, (__m512)item);
+        }
+    }
+}
 
 // One task's part of C while it is summed: [panel of the task][row][32]. Rows of C itself are
 // kilobytes apart and share few sets of the L1 cache; they are written once, at the end.
@@ -227,40 +279,50 @@ struct SplitSums {
 
     SplitSums(const Split& split, const Task& of)
         : task(of), rows(split.share), items(split.group * split.share * kTileColumns) {}
+    ~SplitSums() { _mm_sfence(); }  // after stores past the caches
 
-    float* at(std::int64_t p, std::int64_t row) const {
-        return items.data + ((p - task.panel) * rows + row - task.row) * kTileColumns;
+    // Block b of `a` with 32 columns of the right operand, for panel p. The last block is followed
+    // by the update, and goes to `result`.
+    template <bool A_LOW, bool B_LOW>
+    void block(std::int64_t p, const SplitRows& a, std::int64_t b, std::int64_t steps,
+               Split16 right, const SplitUpdate& low, const Result& result) const {
+        const bool last = b + 1 == a.blocks;
+        alignas(64) float whole[kAmxRows * kTileColumns];
+        for (std::int64_t r = task.row; r < task.end; r += kAmxRows) {
+            float* sums = items.data + ((p - task.panel) * rows + r - task.row) * kTileColumns;
+            if (b > 0)
+                load_sums(sums);
+            else
+                zero_sums();
+            sum_steps<A_LOW, B_LOW>(
+                steps, a.block, Split16{a.high, a.low}.from((b * a.padded + r) * a.block), right);
+            if (!last) {
+                store_sums(sums);
+                continue;
+            }
+            if (low.rank) {
+                sum_steps<true, true>(
+                    low.padded_rank / 32, low.padded_rank,
+                    Split16{low.left.high, low.left.low}.from(r * low.padded_rank),
+                    Split16{low.high, low.low}.from(p * low.padded_rank * kTileColumns));
+            }
+            store_sums(whole);
+            put_sums(whole, result, r, task.end, p);
+        }
     }
 
-    // Panel p (+)= block b of `a`, with 32 columns of the right operand.
     void multiply(std::int64_t p, const SplitRows& a, std::int64_t b, std::int64_t steps,
-                  const std::uint16_t* b_high, const std::uint16_t* b_low, bool add) const {
-        const auto micro = a.low ? (b_low ? micro_split<true, true> : micro_split<true, false>)
-                                 : (b_low ? micro_split<false, true> : micro_split<false, false>);
+                  Split16 right, const SplitUpdate& low, const Result& result) const {
         // The compiler is not told what tile loads read: all that was stored must be in memory.
         __asm__ volatile("" ::: "memory");
-        for (std::int64_t r = task.row; r < task.end; r += kAmxRows) {
-            const std::int64_t from = (b * a.padded + r) * a.block;
-            micro(steps, a.high + from, at_or_null(a.low, from), a.block, b_high, b_low, at(p, r),
-                  add);
-        }
-    }
-
-    void update(std::int64_t p, const SplitUpdate& low) const {
-        if (!low.rank) return;
-        const std::int64_t from = p * low.padded_rank * kTileColumns;
-        multiply(p, low.left, 0, low.padded_rank / 32, low.high + from, low.low + from, true);
-    }
-
-    // C (+)= panel p, + bias.
-    void put(std::int64_t p, float* c, std::int64_t stride, std::int64_t columns, const float* bias,
-             bool add) const {
-        for (std::int64_t r = task.row; r < task.end; r += kAmxRows) {
-            const Place place{c + r * stride + p * kTileColumns, stride,
-                              static_cast<int>(least(kAmxRows, task.end - r)),
-                              static_cast<int>(least(kTileColumns, columns - p * kTileColumns))};
-            put_float(at(p, r), bias ? bias + p * kTileColumns : nullptr, add, 1, place);
-        }
+        if (a.low && right.low)
+            block<true, true>(p, a, b, steps, right, low, result);
+        else if (a.low)
+            block<true, false>(p, a, b, steps, right, low, result);
+        else if (right.low)
+            block<false, true>(p, a, b, steps, right, low, result);
+        else
+            block<false, false>(p, a, b, steps, right, low, result);
     }
 };
 
@@ -277,11 +339,8 @@ static void split_forward(const SplitRows& x, const SplitPack& pack, float* y, s
         for (std::int64_t b = 0; b < pack.blocks; ++b) {
             for (std::int64_t p = task.panel; p < task.last; ++p) {
                 const std::int64_t from = (p * pack.blocks + b) * pack.block * kTileColumns;
-                sums.multiply(p, x, b, pack.block / 32, pack.high + from,
-                              at_or_null(pack.low, from), b > 0);
-                if (b + 1 < pack.blocks) continue;
-                sums.update(p, low);
-                sums.put(p, y, stride, pack.rows, bias, false);
+                sums.multiply(p, x, b, pack.block / 32, Split16{pack.high, pack.low}.from(from),
+                              low, {y, stride, pack.rows, bias, false});
             }
         }
     }
@@ -315,10 +374,8 @@ static void split_gradient(const SplitRows& dy, const SplitPack& pack, float* dx
                 if (pack.low) {
                     transpose_panel(rest, p * 16, g, reinterpret_cast<std::int16_t*>(of_low));
                 }
-                sums.multiply(p, dy, g, items / 32, of_high, pack.low ? of_low : nullptr, g > 0);
-                if (g + 1 < dy.blocks) continue;
-                sums.update(p, low);
-                sums.put(p, dx, stride, pack.depth, nullptr, add);
+                sums.multiply(p, dy, g, items / 32, {of_high, pack.low ? of_low : nullptr}, low,
+                              {dx, stride, pack.depth, nullptr, add});
             }
         }
     }

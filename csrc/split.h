@@ -23,7 +23,7 @@ struct SplitPack {
     std::uint16_t* low;  // null: all zero
 };
 
-// Left operand: [blocks][padded][block], rows padded to a multiple of 32.
+// Left operand, rows padded to a multiple of 32: [blocks][padded / 16][block / 32][16][32].
 struct SplitRows {
     std::int64_t rows, padded, block, blocks;
     std::uint16_t* high;
