@@ -51,7 +51,10 @@ def find_workload(name: str, tokens: int | None) -> Workload:
 
 
 def write_model(shape: Shape, folder: Path) -> None:
-    """A Llama of this shape with weights as they are before training: normal, σ = 0.02."""
+    """A Llama of this shape with weights as they are before training: normal, σ = 0.02.
+
+    Their values are bfloat16's, as those of most released checkpoints are.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -60,7 +63,7 @@ def write_model(shape: Shape, folder: Path) -> None:
     tensors = {
         name: torch.ones(size)
         if len(size) == 1
-        else torch.empty(size).normal_(0, 0.02, generator=generator)
+        else torch.empty(size).normal_(0, 0.02, generator=generator).bfloat16().float()
         for name, size in _sizes(shape)
     }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

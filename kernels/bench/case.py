@@ -7,6 +7,7 @@ that one piece of code runs, checks and times them alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,14 @@ class Source:
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         values = torch.randn(*shape, generator=self._generator).mul_(scale)
         return values.to(self.device, self.dtype)
+
+    def weight(self, rows: int, columns: int) -> torch.Tensor:
+        """A frozen weight: values that bfloat16 holds, as those of most released checkpoints are.
+
+        bf16x3 then needs two products for three.
+        """
+        values = torch.randn(rows, columns, generator=self._generator).div_(math.sqrt(columns))
+        return values.bfloat16().to(self.device, self.dtype)
 
     def integers(self, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(high, shape, generator=self._generator).to(self.device)

@@ -38,7 +38,7 @@ def lora_case(call: Call, tokens: int, device: str, dtype: torch.dtype) -> Case:
     k, outs = call.width, call.outs
     inputs: Tensors = {
         "x": source.normal(tokens, k),
-        "weights": [source.normal(n, k, scale=1 / math.sqrt(k)) for n in outs],
+        "weights": [source.weight(n, k) for n in outs],
         "a": [source.normal(RANK, k, scale=1 / math.sqrt(k)) for _ in outs],
         "b": [source.normal(n, RANK, scale=0.1) for n in outs],
         "scales": [SCALE for _ in outs],
@@ -82,7 +82,7 @@ def _head_inputs(call: Call, tokens: int, device: str, dtype: torch.dtype) -> Te
     labels[::16] = ours.IGNORED
     return {
         "h": source.normal(tokens, call.width),
-        "weight": source.normal(call.shape.vocab, call.width, scale=1 / math.sqrt(call.width)),
+        "weight": source.weight(call.shape.vocab, call.width),
         "labels": labels,
     }
 
