@@ -21,10 +21,10 @@ def run(
     repeats: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    from trimpot.runner.bench_step import PEERS, VARIANTS, bench_step
+    from trimpot.runner.bench_step import PEERS, bench_step, default_variants
 
     return bench_step(
-        workloads, variants or VARIANTS, peers or PEERS, tokens, threads, repeats, say
+        workloads, variants or default_variants(), peers or PEERS, tokens, threads, repeats, say
     )
 
 

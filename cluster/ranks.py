@@ -14,6 +14,8 @@ from typing import Any
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from trimpot.kernels.heap import keep_freed_memory
+
 
 class Trainer(DataParallelTrainer):
     """DataParallelTrainer with only the actors that a run of ours needs: each that Ray Train
@@ -76,6 +78,8 @@ def _set_environment(address: str, port: int, environment: dict[str, str]) -> No
         "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
         **environment,
     }
+    if environment.get("DS_ACCELERATOR") == "cpu":
+        keep_freed_memory()
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(_own_address())):
         # Without it gloo takes the address its host name resolves to, often 127.0.1.1.
         os.environ["GLOO_SOCKET_IFNAME"] = name

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from trimpot.kernels.bench.measure import peak_status, reset_peak
+from trimpot.kernels.heap import keep_freed_memory
 from trimpot.runner import hub
 from trimpot.runner.adapters import peft_peer
 from trimpot.runner.bench_ours import build_ours
@@ -64,6 +65,7 @@ def make_side(name: str, folder: Path, documents: list[int]) -> Side:
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     batch = make_batch(vocabulary, documents)
     if name.startswith("ours:"):
+        keep_freed_memory()  # as the runner's workers do; the peer is a plain loop
         built = build_ours(folder, name.removeprefix("ours:"), RANK, ALPHA)
         side = Side(built.model, built.adapters, _mean_loss(built.model, batch), built.about)
     else:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from trimpot.kernels.heap import keep_freed_memory
 from trimpot.runner import engine as engines
 from trimpot.runner.adapters.peft_io import save_adapter
 from trimpot.runner.checkpoint import (
@@ -300,6 +301,8 @@ def main() -> int:
     if len(sys.argv) != 2:
         log.error("usage: python -m trimpot.runner.worker RUN/plan.json")
         return 2
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     try:
         path = Path(sys.argv[1])
         result = run_worker(path.read_text(encoding="utf-8"), time.time())

@@ -33,6 +33,7 @@ from trimpot.kernels.bench.stats import paired_ratio, spread, verdict
 from trimpot.kernels.bench.streams import adamw_case, glu_case, norm_case, rope_case
 from trimpot.kernels.bench.truth import Ours, Row, Truth, prepare, refused, untimed
 from trimpot.kernels.errors import BackendError, KernelError
+from trimpot.kernels.heap import keep_freed_memory
 
 MAKE: dict[str, Callable[[Call, int, str, torch.dtype], Case]] = {
     "lora_linear": lora_case,
@@ -78,6 +79,8 @@ def bench(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise BackendError("device cuda was asked for, and torch sees no GPU; use --device cpu")
     torch.set_num_threads(options.threads)
+    if options.device == "cpu":
+        keep_freed_memory()  # for all sides: the kernel's page faults are no part of an op
     left_out = missing(options.peers, options.foreign)
     for why in left_out.values():
         say(why)

@@ -352,11 +352,16 @@ def test_the_logits_of_all_tokens_are_never_there(backend: str, n: Terms) -> Non
     g = inputs(shape, torch.float32)
     weights = g.weights if n.weighted else None
     for need_dw in (False, True):
-        with Largest() as seen:
+
+        def run(need_dw: bool = need_dw) -> None:
             implementation(op.OP, backend).forward(
                 g.h, g.weight, g.labels, weights, IGNORE, n.smoothing, n.z_loss, n.softcap, True,
                 need_dw,
             )  # fmt: skip
+
+        run()  # bf16x3 keeps memory for the halves of h, which is larger here than a chunk
+        with Largest() as seen:
+            run()
         # A chunk is 16 rows (14 in C++), W and its pack are two of them.
         assert 14 * vocabulary <= seen.items <= 33 * vocabulary
     with Largest() as seen:

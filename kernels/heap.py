@@ -1,0 +1,30 @@
+"""Freed memory stays with the process that trains on a CPU.
+
+A step asks for the same large blocks as the step before. glibc gives them back to the kernel when
+they are freed, and every page of the next one is faulted in and cleared anew: a LoRA step of
+SmolLM-135M's shape over 2,048 tokens took 1.17 times as long, ours and transformers' alike (one
+thread, `trimpot bench step --shape S`), for 5 % less memory at its peak.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# malloc.h
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_SETTINGS = (
+    (_MMAP_MAX, 0),  # no block of its own for what is large
+    (_TRIM_THRESHOLD, 2**31 - 1),
+    (_TOP_PAD, 64 << 20),
+    # Arenas of other threads are of at most 64 MiB, and what is larger would be mapped after all.
+    (_ARENA_MAX, 1),
+)
+
+
+def keep_freed_memory() -> bool:
+    """Whether the C library took it: glibc does. To be called before other threads allocate."""
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(name, value) == 1 for name, value in _SETTINGS)
