@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trimpot.kernels.dispatch import AUTO, choose
 from trimpot.runner.config import Config
 from trimpot.runner.plan.facts import ModelFacts
@@ -35,7 +37,7 @@ def choose_kernels(config: Config, fleet: Fleet, facts: ModelFacts) -> dict[str,
         if wanted == OFF:
             chosen[op] = {"backend": OFF, "why": "asked for; transformers' own code"}
             continue
-        known = {"device": device, "dtype": dtype, "gemm": section.cpu_gemm}
+        known: dict[str, Any] = {"device": device, "dtype": dtype, "gemm": section.cpu_gemm}
         if op == "adamw_step":  # its state is fp32, whatever the model's type, and may live apart
             known["dtype"] = "float32"
             known["device"] = "cpu" if config.fleet.offload_optimizer else device
