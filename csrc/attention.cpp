@@ -192,21 +192,26 @@ void forward_strip(const Attention& a, const ForwardSpace& x, int64_t at, int64_
                      x.tile);
         score_tile<kCap>(a, sight(a, row, key + c), x.tile, x.s + c, top);
     }
-    float keep[kTileRows];
+    float less[16] = {}, keep[16] = {};
     for (int r = 0; r < kTileRows; ++r) {
         const float before = x.largest[at + r], found = largest(top[r]);
         const float now = found > before ? found : before;
         // A row whose keys all lie in other blocks has seen nothing yet.
-        const float less = now == -kInfinity ? 0.0f : now;
-        keep[r] = before == now ? 1.0f : exp(all(before - less))[0];
+        less[r] = now == -kInfinity ? 0.0f : now;
+        keep[r] = before == now ? 0.0f : before - less[r];
+        x.largest[at + r] = now;
+    }
+    // All rows at once: one by one, waiting for each was 15 % of short documents' time.
+    sweep(16, [&](int64_t i, int64_t n)
+                  TRIMPOT_INLINE { store<Float>(keep + i, exp(load<Float>(keep + i, n)), n); });
+    for (int r = 0; r < kTileRows; ++r) {
         float* s = x.s + r * kKeys;
         const float sum = fold(end - start, [&](int64_t i, int64_t n, Floats part) TRIMPOT_INLINE {
-            const Floats e = exp(load<Float>(s + start + i, n) - less);
+            const Floats e = exp(load<Float>(s + start + i, n) - less[r]);
             store<Float>(s + start + i, e, n);
             return part + e;
         });
         x.sum[at + r] = x.sum[at + r] * keep[r] + sum;
-        x.largest[at + r] = now;
     }
     product(x.s + from, kKeys, 1, x.values + from * stride, stride, to - from, x.o + at * stride,
             x.tile, [&](int r) { return keep[r]; });
@@ -329,11 +334,11 @@ void gradient_tile(const Attention& a, const Sight& see, const float* tile, cons
     }
 }
 
-// A block's items from column `from` on, up to `to`, of 14 rows: nothing is seen there.
-static void blank(float* block, int64_t from, int64_t to) {
-    for (int r = 0; r < kTileRows && from < to; ++r) {
-        __builtin_memset(block + r * kKeys + from, 0,
-                         static_cast<uint64_t>(to - from) * sizeof(float));
+// The first `count` columns of 14 rows of a block: nothing is seen there, yet strips of keys that
+// lie across their end read them.
+static void blank(float* block, int64_t count) {
+    for (int r = 0; r < kTileRows && count; ++r) {
+        __builtin_memset(block + r * kKeys, 0, static_cast<uint64_t>(count) * sizeof(float));
     }
 }
 
@@ -343,14 +348,12 @@ void backward_strip(const Attention& a, const BackwardSpace& x, const float* lse
                     int64_t row, int64_t rows, int64_t key, int64_t keys) {
     const Range range = seen(a, row, row + rows);
     const int64_t from = most(range.from - key, 0), to = least(range.to - key, keys);
-    const int64_t stride = padded(a), start = least(from, kKeys) / kTileColumns * kTileColumns;
-    const int64_t end = from < to ? up_to(to, kTileColumns) : start;
+    if (from >= to) return;
+    const int64_t stride = padded(a), start = from / kTileColumns * kTileColumns;
+    const int64_t end = up_to(to, kTileColumns);
     float *p = x.p + at * kKeys, *ds = x.ds + at * kKeys;
-    float* const blocks[] = {p, ds};
-    for (float* block : blocks) {
-        blank(block, 0, start);
-        blank(block, end, up_to(keys, kTileRows));
-    }
+    blank(p, start);
+    blank(ds, start);
     float lses[kTileRows] = {};
     __builtin_memcpy(lses, lse + row, static_cast<uint64_t>(rows) * sizeof(float));
     for (int64_t c = start; c < end; c += kTileColumns) {
@@ -360,7 +363,6 @@ void backward_strip(const Attention& a, const BackwardSpace& x, const float* lse
                      x.tile + kTile);
         gradient_tile<kCap>(a, sight(a, row, key + c), x.tile, lses, x.delta + row, p + c, ds + c);
     }
-    if (from >= to) return;
     product(ds + from, kKeys, 1, x.rows + from * stride, stride, to - from, x.dq + row * stride,
             x.tile, [](int) { return 1.0f; });
 }
@@ -410,8 +412,8 @@ void backward_head(const Attention& a, const AttentionTask& task, int64_t head, 
         transpose(x.rows, stride, keys, a.width, x.values);
         read<T>(a, a.k, kv, task.first + key, keys, keys, x.rows);
         transpose(x.rows, stride, keys, a.width, x.keys);
-        clear(x.dk, kKeys);
-        clear(x.dv, kKeys);
+        clear(x.dk, up_to(keys, kTileRows));
+        clear(x.dv, up_to(keys, kTileRows));
         const int64_t last = a.window ? least(n, key + keys - 1 + a.window) : n;
         for (int64_t begin = key; begin < last; begin += kQueries) {
             const int64_t rows = least(kQueries, n - begin), tiles = up_to(rows, kTileRows);
