@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention.h"
 #include "cpu.h"
 #include "glu.h"
 #include "norm.h"
@@ -80,6 +81,7 @@ TRIMPOT_TABLE(RopeTable, rope)
 TRIMPOT_TABLE(GluTable, glu)
 TRIMPOT_TABLE(OptimTable, optim)
 TRIMPOT_TABLE(SoftmaxTable, softmax)
+TRIMPOT_TABLE(AttentionTable, attention)
 
 #undef TRIMPOT_TABLE
 

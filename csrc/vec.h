@@ -126,9 +126,13 @@ static inline float total(Floats x) {
 }
 
 static inline float largest(Floats x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     float most = x[0];
     for (int i = 1; i < kWidth; ++i) most = x[i] > most ? x[i] : most;
     return most;
+#endif
 }
 
 // eˣ within 1 ulp with fma (2 without); inf, 0 and NaN as they should be. Cody and Waite's

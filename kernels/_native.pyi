@@ -94,6 +94,40 @@ def rope(
     q: _Side,
     k: _Side,
 ) -> None: ...
+
+_Tokens = tuple[int, int, int]  # address, strides of token and head
+_Sizes = tuple[int, int, int, int]  # tokens, heads, heads of keys, width
+
+def attention_forward(
+    type: int,
+    sizes: _Sizes,
+    cuts: list[int],
+    scale: float,
+    window: int,
+    softcap: float,
+    q: _Tokens,
+    k: _Tokens,
+    v: _Tokens,
+    o: int,
+    lse: int,
+) -> None: ...
+def attention_backward(
+    type: int,
+    sizes: _Sizes,
+    cuts: list[int],
+    scale: float,
+    window: int,
+    softcap: float,
+    q: _Tokens,
+    k: _Tokens,
+    v: _Tokens,
+    o: _Tokens,
+    d_o: _Tokens,
+    lse: int,
+    dq: int,
+    dk: int,
+    dv: int,
+) -> None: ...
 def adamw_step(
     param: int,
     grad: int,

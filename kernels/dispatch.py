@@ -5,7 +5,8 @@ also where numpy is all the definition needs, so that a plan says the same word 
 Before it stand the faster ones, best first: "native" and "cpp" are the C++ extension (for data on
 its way to training, and for tensors), "triton" is for GPUs. Each backend has a predicate over the
 facts of the call; the first that says yes is taken. Facts, all optional: device ("cpu", "cuda"),
-dtype ("float32" …), gemm (what `kernels.cpu_gemm` says of matrix products); op is always there.
+dtype ("float32" …), gemm (what `kernels.cpu_gemm` says of matrix products), head_dim (attention's
+D); op is always there.
 
 No torch here: `trimpot plan` and `trimpot doctor` ask too.
 """
@@ -76,6 +77,16 @@ def _cpp(facts: Facts) -> Answer:
     return Answer(True, f"C++, {native.extension().gemm_isa()}")
 
 
+WIDEST_HEAD = 256
+"""Of attention in C++: blocks of keys and queries then stay in an L2 cache of 2 MiB."""
+
+
+def _cpp_attention(facts: Facts) -> Answer:
+    if (width := facts.get("head_dim", 1)) > WIDEST_HEAD:
+        return Answer(False, f"heads are {width} wide, over {WIDEST_HEAD}")
+    return _cpp(facts)
+
+
 ERRORS = {"fp32": "3e-7", "bf16x3": "4e-6", "int16": "1.5e-4", "bf16": "2.9e-3", "int8": "1e-2"}
 """Of a product, in norm, against float64: Gaussian data, 2,048 items of the contraction."""
 FP32 = "fp32"
@@ -133,6 +144,7 @@ def _definition(_: Facts) -> Answer:
 _TORCH = Backend("torch", _definition)
 _TENSOR = (Backend("triton", _triton), Backend("cpp", _cpp), _TORCH)
 _GEMM = (Backend("triton", _triton), Backend("cpp", _cpp_gemm), _TORCH)
+_ATTENTION = (Backend("cpp", _cpp_attention), _TORCH)
 
 OPS: dict[str, tuple[Backend, ...]] = {
     "adamw_step": _TENSOR,
@@ -143,12 +155,13 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "rope": _TENSOR,
     "swiglu": _TENSOR,
     "token_logprobs": _GEMM,
+    "varlen_attention": _ATTENTION,
     "content_hash": (Backend("native", _native_hash), _TORCH),
     "pack": (Backend("native", _native_pack), _TORCH),
 }
 """Backends of each op, best first. The last one, torch, runs on any facts."""
 
-TRAINING = tuple(op for op, backends in OPS.items() if backends in (_TENSOR, _GEMM))
+TRAINING = tuple(op for op, backends in OPS.items() if backends in (_TENSOR, _GEMM, _ATTENTION))
 """Ops on tensors, which a run may choose backends for."""
 
 

@@ -202,6 +202,8 @@ class KernelsSection(Section):
     """Residual add and RMS norm."""
     rope: KernelBackend | None = None
     """Rotary embedding of q and k, with their norms where the model has them."""
+    varlen_attention: KernelBackend | None = None
+    """Attention that keeps packed documents apart without a mask, windows and soft caps in it."""
     swiglu: KernelBackend | None = None
     """silu(gate) · up."""
     geglu: KernelBackend | None = None

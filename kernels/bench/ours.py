@@ -85,6 +85,11 @@ def _rope(module: ModuleType, backend: str, t: Tensors) -> Outs:
     return tuple(module.rope(t["q"], t["k"], t["cos"], t["sin"], backend=backend))
 
 
+def _attention(module: ModuleType, backend: str, t: Tensors) -> Outs:
+    o, _ = module.varlen_attention(t["q"], t["k"], t["v"], t["cu_seqlens"], backend=backend)
+    return (o,)
+
+
 def _glu(name: str, module: ModuleType, backend: str, t: Tensors) -> Outs:
     return (getattr(module, name)(t["gate"], t["up"], backend=backend),)
 
@@ -106,6 +111,7 @@ RUN: dict[str, Callable[[ModuleType, str, Tensors], Outs]] = {
     "token_logprobs": _logprobs,
     "add_rms_norm": _norm,
     "rope": _rope,
+    "varlen_attention": _attention,
     "swiglu": functools.partial(_glu, "swiglu"),
     "geglu": functools.partial(_glu, "geglu"),
     "adamw_step": _adamw,

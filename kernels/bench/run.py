@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from trimpot.kernels.bench.attention import attention_case
 from trimpot.kernels.bench.case import (
     BACKWARD,
     BOTH,
@@ -41,6 +42,7 @@ MAKE: dict[str, Callable[[Call, int, str, torch.dtype], Case]] = {
     "token_logprobs": logprobs_case,
     "add_rms_norm": norm_case,
     "rope": rope_case,
+    "varlen_attention": attention_case,
     "swiglu": glu_case,
     "geglu": glu_case,
     "adamw_step": adamw_case,

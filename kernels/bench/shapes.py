@@ -59,6 +59,7 @@ OPS = (
     "token_logprobs",
     "add_rms_norm",
     "rope",
+    "varlen_attention",
     "swiglu",
     "geglu",
     "adamw_step",
@@ -95,6 +96,8 @@ def calls(op: str, shape: Shape) -> list[Call]:
             Call(op, "gate_up", shape, h, (i, i)),
             Call(op, "down", shape, i, (h,)),
         ]
+    if op == "varlen_attention":
+        return [Call(op, case, shape, shape.head_dim) for case in ("causal", "packed")]
     width = {"swiglu": i, "geglu": i, "rope": shape.head_dim}.get(op, h)
     case = {
         "linear_cross_entropy": "frozen_head",

@@ -38,13 +38,13 @@ def implementation(op: str, backend: str) -> Any:
     return module.variant(variant)
 
 
-def resolve(op: str, backend: str, tensor: torch.Tensor) -> str:
+def resolve(op: str, backend: str, tensor: torch.Tensor, **facts: Any) -> str:
     """The backend that runs `op` on tensors like this one: `backend`, unless that is auto."""
     if backend != AUTO:
         return backend
-    return _chosen(op, tensor.device.type, str(tensor.dtype).removeprefix("torch."))
+    return _chosen(op, tensor.device.type, str(tensor.dtype).removeprefix("torch."), **facts)
 
 
 @functools.cache
-def _chosen(op: str, device: str, dtype: str) -> str:
-    return choose(op, device=device, dtype=dtype).backend
+def _chosen(op: str, device: str, dtype: str, **facts: Any) -> str:
+    return choose(op, device=device, dtype=dtype, **facts).backend

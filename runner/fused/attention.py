@@ -1,5 +1,5 @@
-"""Attention layers: q, k, v as one product, their norms and rotation as one op, and then whatever
-attention transformers has been told to use.
+"""Attention layers: q, k, v as one product, their norms and rotation as one op, and then attention
+over packed documents, or whatever transformers has been told to use.
 
 B batch, T tokens, H hidden, N heads (of q, or fewer of k and v), D of each.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from trimpot.kernels.ops.rope import rope
+from trimpot.kernels.ops.varlen_attention import varlen_attention
 from trimpot.runner.adapters.lora import project
 from trimpot.runner.fused.norm import NormKind
 from trimpot.runner.hub import AttentionCode
@@ -32,6 +33,8 @@ class AttentionKind:
     """Of q_norm and k_norm, where the op does them."""
     settings: dict[str, Any]
     """Passed on to the attention function: sliding_window, softcap."""
+    backend: str = OFF
+    """Of varlen_attention, where the layer is told of documents."""
 
 
 class FusedAttention(nn.Module if TYPE_CHECKING else object):
@@ -54,13 +57,20 @@ class FusedAttention(nn.Module if TYPE_CHECKING else object):
         position_embeddings: Any = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
+        documents: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """→ (output [B, T, H], what the attention function says of its weights)."""
+        """→ (output [B, T, H], what the attention function says of its weights).
+
+        documents: cu_seqlens of the B·T tokens, in place of a mask and a cache (documents.py).
+        """
         shape = hidden_states.shape[:-1]
         projected = project([self.q_proj, self.k_proj, self.v_proj], hidden_states)
         q_BTND, k_BTND, v_BTND = (y.view(*shape, -1, self.head_dim) for y in projected)
         q_BNTD, k_BNTD = self._rotated(q_BTND, k_BTND, position_embeddings)
+        if documents is not None:
+            output = self._by_document(q_BNTD, k_BNTD, v_BTND, documents)
+            return self.o_proj(output.reshape(*shape, -1)), None
         v_BNTD = v_BTND.transpose(1, 2)
         if past_key_values is not None:
             k_BNTD, v_BNTD = past_key_values.update(k_BNTD, v_BNTD, self.layer_idx)
@@ -77,6 +87,28 @@ class FusedAttention(nn.Module if TYPE_CHECKING else object):
             **kwargs,
         )
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+    def _by_document(
+        self,
+        q_BNTD: torch.Tensor,
+        k_BNTD: torch.Tensor,
+        v_BTND: torch.Tensor,
+        documents: torch.Tensor,
+    ) -> torch.Tensor:
+        """→ [B·T, N, D]"""
+        q_TND, k_TND = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNTD, k_BNTD))
+        settings = self.attention.settings
+        output, _ = varlen_attention(
+            q_TND,
+            k_TND,
+            v_BTND.flatten(0, 1),
+            documents,
+            scale=self.scaling,
+            window=settings.get("sliding_window") or 0,
+            softcap=settings.get("softcap") or 0.0,
+            backend=self.attention.backend,
+        )
+        return output
 
     def _rotated(
         self, q: torch.Tensor, k: torch.Tensor, position_embeddings: Any

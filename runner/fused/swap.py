@@ -18,6 +18,7 @@ from trimpot.runner import hub
 from trimpot.runner.adapters.lora import LoraLinear, lora_layers
 from trimpot.runner.fused.attention import AttentionKind, FusedAttention
 from trimpot.runner.fused.classes import put
+from trimpot.runner.fused.documents import with_documents
 from trimpot.runner.fused.layer import PreNormLayer, SandwichLayer
 from trimpot.runner.fused.loss import FusedHead, head_is_plain, with_loss
 from trimpot.runner.fused.mlp import GATES, FusedMLP, gate_op
@@ -31,6 +32,7 @@ SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 NOUNS = {
     "add_rms_norm": "norms",
     "rope": "attention layers",
+    "varlen_attention": "attention layers",
     "swiglu": "feed-forward layers",
     "geglu": "feed-forward layers",
     "lora_linear": "layers",
@@ -48,6 +50,7 @@ def swap_in(model: Any, kernels: Table, reach: Reach | None = None) -> Table:
     swap = Swap(model, kernels, partitioned=reach is not None)
     swap.norms()
     swap.layers()
+    swap.documents()
     swap.adapters()
     swap.loss()
     if reach is not None:
@@ -111,7 +114,7 @@ class Swap:
             self.done[op] += 1
 
     def _attention(self, attention: Any, family: str | None) -> None:
-        if not self.on("rope") and not self.on("lora_linear"):
+        if not any(self.on(op) for op in ("rope", "lora_linear", "varlen_attention")):
             return
         rotates = bool(getattr(attention, "use_rope", True))
         settings: dict[str, Any] = {}
@@ -127,9 +130,28 @@ class Swap:
             rotates=rotates,
             norm=self._head_norm(attention) if rotates and self.on("rope") else None,
             settings=settings,
+            backend=self.backends.get("varlen_attention", OFF),
         )
         put(attention, FusedAttention, attention=kind)
         self.done["rope"] += rotates
+
+    def documents(self) -> None:
+        """Models whose attention layers are all ours tell them of documents in place of masks."""
+        if not self.on("varlen_attention"):
+            return
+        for module in list(self.model.modules()):
+            layers = getattr(module, "layers", None)
+            if hub.family_of(module) not in FAMILIES or not isinstance(layers, nn.ModuleList):
+                continue
+            config: Any = module.config
+            if config.attention_dropout:
+                why = f"attention_dropout is {config.attention_dropout}"
+                self.reasons["varlen_attention"] = f"{why}, and the op has none"
+            elif getattr(config, "use_bidirectional_attention", False):
+                self.reasons["varlen_attention"] = "attention is not causal"
+            elif all(isinstance(layer.self_attn, FusedAttention) for layer in layers):
+                module.__class__ = with_documents(type(module))
+                self.done["varlen_attention"] += len(layers)
 
     def _head_norm(self, attention: Any) -> Any:
         """What q_norm and k_norm are, if the op may do both: they were found to be RMS norms."""

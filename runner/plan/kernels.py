@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trimpot.kernels.dispatch import AUTO, choose
 from trimpot.runner.config import Config
 from trimpot.runner.plan.facts import ModelFacts
@@ -16,6 +18,7 @@ GATED = {
     "gelu_new": "geglu",
 }
 """{transformers' name of an activation: the op that gates with it}."""
+ATTENTION = "varlen_attention"
 DATA_OPS = ("content_hash", "pack")
 """What the tokens went through on their way; no choice of the user's."""
 
@@ -29,14 +32,22 @@ def choose_kernels(config: Config, fleet: Fleet, facts: ModelFacts) -> dict[str,
     chosen: dict[str, dict[str, str]] = {}
     for op in ops_of(config, facts):
         wanted = getattr(section, op) or section.default
+        if op == ATTENTION and wanted == "triton" and getattr(section, op) is None:
+            wanted = AUTO  # the default is meant for the ops that have a Triton kernel
         if wanted == OFF:
             chosen[op] = {"backend": OFF, "why": "asked for; transformers' own code"}
             continue
-        known = {"device": device, "dtype": dtype, "gemm": section.cpu_gemm}
+        known: dict[str, Any] = {"device": device, "dtype": dtype, "gemm": section.cpu_gemm}
         if op == "adamw_step":  # its state is fp32, whatever the model's type, and may live apart
             known["dtype"] = "float32"
             known["device"] = "cpu" if config.fleet.offload_optimizer else device
+        if op == ATTENTION:
+            known["head_dim"] = facts.head_dim
         choice = choose(op, wanted, **known)
+        if op == ATTENTION and wanted == AUTO and choice.backend == "torch":
+            # A loop over documents with all their scores in memory: sdpa is faster.
+            chosen[op] = {"backend": OFF, "why": f"transformers' own code; {choice.why}"}
+            continue
         chosen[op] = {"backend": choice.backend, "why": choice.why}
     for op in DATA_OPS:
         choice = choose(op, AUTO)
@@ -46,7 +57,7 @@ def choose_kernels(config: Config, fleet: Fleet, facts: ModelFacts) -> dict[str,
 
 def ops_of(config: Config, facts: ModelFacts) -> list[str]:
     """Ops of a training step. Whether the model has room for each is seen when it is built."""
-    ops = ["add_rms_norm", "rope", "linear_cross_entropy", "adamw_step"]
+    ops = ["add_rms_norm", "rope", ATTENTION, "linear_cross_entropy", "adamw_step"]
     ops += [GATED[facts.activation]] if facts.activation in GATED else []
     ops += ["lora_linear"] if config.method == "lora" else []
     return sorted(ops)

@@ -4,78 +4,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from exact import keep_float64
+from families import (
+    ADAPTER,
+    BACKENDS,
+    COMMON,
+    assert_two_fold,
+    build,
+    outcome,
+    table,
+    wide,
+    with_lora,
+)
 from torch import nn
 from torch.nn import functional
 
-from trimpot.kernels import native
 from trimpot.runner import hub
 from trimpot.runner.adapters.lora import LoraLinear, add_lora, lora_layers
-from trimpot.runner.config import AdapterSection
 from trimpot.runner.fused.norm import norm_kind
-from trimpot.runner.fused.swap import FAMILIES, NOUNS, Table, swap_in
+from trimpot.runner.fused.swap import FAMILIES, NOUNS, swap_in
 from trimpot.runner.tasks.causal_lm import token_loss_sum
-
-COMMON: dict[str, Any] = {
-    "vocab_size": 211,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "mistral": ("Mistral", {"sliding_window": 5}),
-    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
-    "qwen3": ("Qwen3", {}),
-    "gemma": ("Gemma", {}),
-    "gemma2": ("Gemma2", {"sliding_window": 5, "final_logit_softcapping": 3.0}),
-    "gemma3": ("Gemma3", {"sliding_window": 5}),
-    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
-}
-BACKENDS = ["torch", *(["cpp"] if native.state().available else [])]
-ADAPTER = AdapterSection(lora_rank=4, lora_alpha=8.0)
-ATTENTION = {"gemma2": "eager"}
-"""Only eager attention caps Gemma 2's scores."""
-
-
-def build(family: str, **changes: Any) -> Any:
-    name, own = CONFIGS[family]
-    kind = f"{name}TextConfig" if family == "gemma3" else f"{name}Config"
-    config = getattr(transformers, kind)(**{**COMMON, **own, **changes})
-    config._attn_implementation = ATTENTION.get(family, "sdpa")
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    with torch.no_grad():  # as initialised, norms are 1 and biases 0: nothing would show
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn(parameter.shape) * 0.2)
-    return model.train()
-
-
-def with_lora(model: Any) -> Any:
-    add_lora(model, ADAPTER, seed=1)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.1)
-    return model
-
-
-def table(backend: str) -> Table:
-    return {op: {"backend": backend, "why": "a test"} for op in (*NOUNS, "adamw_step")}
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -97,36 +51,8 @@ def plain_loss(model: Any) -> torch.Tensor:
     return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
-def outcome(model: Any, loss: Callable[[Any], torch.Tensor]) -> list[torch.Tensor]:
-    model.zero_grad()
-    value = loss(model)
-    value.backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert trained and all(p.grad is not None for p in trained)
-    return [value.detach(), *(p.grad for p in trained if p.grad is not None)]
-
-
 def our_loss(model: Any) -> torch.Tensor:
     return token_loss_sum(model, batch())
-
-
-def distance(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
-    return [
-        float((a.double() - e).norm() / e.norm().clamp_min(1e-9))
-        for a, e in zip(found, exact, strict=True)
-    ]
-
-
-def assert_two_fold(found: Any, plain: Any, exact: Any) -> None:
-    """Loss by itself, gradients together: single ones of plain torch may be right by luck."""
-    mine, peer = distance(found, exact), distance(plain, exact)
-    assert mine[0] <= 2 * peer[0] + 1e-6
-    assert sum(mine[1:]) <= 2 * sum(peer[1:]), (sum(mine[1:]), sum(peer[1:]))
-
-
-def wide(model: Any) -> Any:
-    """The model in float64."""
-    return copy.deepcopy(model).double()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -145,7 +71,7 @@ def test_every_family_learns_the_same(
     assert_two_fold(outcome(model, our_loss), plain, exact)
     gate = "geglu" if family.startswith("gemma") else "swiglu"
     ran = {op for op, row in came.items() if op in NOUNS and row["backend"] == backend}
-    wanted = {"add_rms_norm", "rope", gate, "linear_cross_entropy"}
+    wanted = {"add_rms_norm", "rope", "varlen_attention", gate, "linear_cross_entropy"}
     assert ran == wanted | ({"lora_linear"} if method == "lora" else set()), came
 
 
@@ -155,6 +81,7 @@ def test_the_table_counts_what_runs() -> None:
     assert came["lora_linear"]["why"] == "a test; 14 layers"
     assert came["add_rms_norm"]["why"] == "a test; 9 norms"  # 4 of each layer and the last
     assert came["rope"]["why"] == "a test; 2 attention layers"
+    assert came["varlen_attention"]["why"] == "a test; 2 attention layers"
     assert came["swiglu"]["why"] == "a test; 2 feed-forward layers"
     assert came["linear_cross_entropy"]["why"] == "a test; 1 output layer"
     assert came["geglu"]["backend"] == "off"
@@ -212,7 +139,7 @@ def test_other_models_keep_their_own_code() -> None:
     model = transformers.GPT2LMHeadModel(config).train()
     plain = outcome(copy.deepcopy(model), plain_loss)
     came = swap_in(model, table("torch"))
-    for op in ("rope", "swiglu"):
+    for op in ("rope", "swiglu", "varlen_attention"):
         assert came[op]["backend"] == "off"
         assert "none of the layers known: gemma, gemma2" in came[op]["why"]
     assert came["add_rms_norm"] == {

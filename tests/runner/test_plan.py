@@ -354,7 +354,7 @@ def test_kernels_are_those_that_the_run_uses(facts: ModelFacts) -> None:
     lora = kernels(facts)
     assert sorted(lora) == [
         "adamw_step", "add_rms_norm", "content_hash", "linear_cross_entropy", "lora_linear",
-        "pack", "rope", "swiglu",
+        "pack", "rope", "swiglu", "varlen_attention",
     ]  # fmt: skip
     assert "lora_linear" not in kernels(facts, method="full")
     gemma = dataclasses.replace(facts, activation="gelu_pytorch_tanh")
@@ -377,6 +377,20 @@ def test_arithmetic_goes_by_precision_and_cpu_gemm(facts: ModelFacts) -> None:
     forced = kernels(facts, precision="fp32", kernels={"cpu_gemm": "int16"})
     assert forced["lora_linear"] == forced["linear_cross_entropy"] == "cpp:int16"
     assert forced["rope"] == forced["adamw_step"] == "cpp"
+
+
+def test_attention_stays_where_only_the_definition_runs(facts: ModelFacts) -> None:
+    """Its loop over documents is slower than what transformers has; who asks for it gets it."""
+    gpus = Fleet(gpus_per_node=1, memory_bytes=2**34)
+    assert kernels(facts, gpus)["varlen_attention"] == "off"
+    assert kernels(facts, gpus, kernels={"default": "triton"})["varlen_attention"] == "off"
+    assert kernels(facts, gpus, kernels={"default": "torch"})["varlen_attention"] == "torch"
+    with pytest.raises(BackendError, match="varlen_attention has no backend 'triton'"):
+        kernels(facts, gpus, kernels={"varlen_attention": "triton"})
+    wide = dataclasses.replace(facts, head_dim=264)
+    assert kernels(wide)["varlen_attention"] == "off"
+    fits = "cpp" if native.state().available else "off"
+    assert kernels(facts)["varlen_attention"] == fits
 
 
 def test_a_backend_that_cant_run_ends_the_plan(facts: ModelFacts) -> None:
