@@ -1,7 +1,8 @@
 """Which arithmetic a matrix product takes on this CPU: the fastest one that is permitted.
 
-Measured once a process and shape, on 448 rows of random data: what wins depends on the
-processor (VNNI, bfloat16 units, whose BLAS) more than on anything that its name tells.
+Of 16-bit tensors it is measured, once a process and shape, on 448 rows of random data: what wins
+depends on the processor (VNNI, bfloat16 units, whose BLAS) more than on anything that its name
+tells. For float32 see `permitted`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ AHEAD = 1.05
 
 
 def permitted(arithmetic: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """Candidates, the preferred one first. auto leaves float32 tensors in fp32."""
+    """Candidates, the preferred one first. auto leaves float32 tensors in fp32.
+
+    For those there is one: a run that goes on in another process must have the bits of one that
+    was never stopped, and ours and torch's are close enough in time for a measurement to fall now
+    this way, now that.
+    """
     if arithmetic not in ARITHMETICS:
         raise BackendError(f"cpu_gemm is {arithmetic!r}; one of {', '.join(ARITHMETICS)} is wanted")
     extension = native.extension()
@@ -42,9 +48,11 @@ def permitted(arithmetic: str, dtype: torch.dtype) -> tuple[str, ...]:
             return ("bf16x3", "torch")
         if extension.gemm_fast_int16():
             return ("int16", "torch")
-    if arithmetic == "fp32" and dtype != torch.float32:
+    if dtype != torch.float32 and arithmetic == "fp32":
         return ("fp32",)  # torch's product would be of 16 bits
-    return ("fp32", "torch")
+    if dtype != torch.float32:
+        return ("fp32", "torch")
+    return ("fp32",) if extension.gemm_isa() == "avx512" else ("torch",)
 
 
 def choose(arithmetic: str, dtype: torch.dtype, depth: int, outputs: int) -> str:

@@ -177,7 +177,14 @@ def test_a_loss_that_is_not_finite_is_one_line(model, tmp_path):
         tmp_path / "run",
         method="full",
         adapter=None,
-        optim={"learning_rate": 9.9, "max_grad_norm": None, "warmup_steps": 0, "max_steps": 200},
+        # AdamW multiplies each weight by 1 − 9.9 · 0.9 a step: they grow until they overflow.
+        optim={
+            "learning_rate": 9.9,
+            "weight_decay": 0.9,
+            "max_grad_norm": None,
+            "warmup_steps": 0,
+            "max_steps": 200,
+        },
     )
     out, err = finish(start(write_yaml(tmp_path / "run.yaml", values)), 1)
     (line,) = err.splitlines()

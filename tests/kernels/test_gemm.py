@@ -264,9 +264,10 @@ def test_other_devices_are_refused() -> None:
 
 
 def test_what_may_be_taken() -> None:
-    assert rates.permitted("fp32", torch.float32) == ("fp32", "torch")
+    # One, not the faster of two: a run that goes on elsewhere must not change its bits.
+    assert len(rates.permitted("fp32", torch.float32)) == 1
+    assert rates.permitted("auto", torch.float32) == rates.permitted("fp32", torch.float32)
     assert rates.permitted("fp32", torch.bfloat16) == ("fp32",)
-    assert "int16" not in rates.permitted("auto", torch.float32)
     assert rates.permitted("int16", torch.float32) == ("int16",)
     if HAS_TILES:
         assert rates.permitted("bf16x3", torch.float32) == ("bf16x3",)
@@ -278,9 +279,10 @@ def test_what_may_be_taken() -> None:
 
 
 def test_the_choice_is_the_faster_one() -> None:
-    seconds = rates.measure(("fp32", "torch"), torch.float32, 576, 576, repeats=1)
-    assert set(seconds) == {"fp32", "torch"} and min(seconds.values()) > 0
-    assert rates.choose("fp32", torch.float32, 576, 576) in seconds
+    candidates = rates.permitted("auto", torch.bfloat16)
+    seconds = rates.measure(candidates, torch.bfloat16, 576, 576, repeats=1)
+    assert tuple(seconds) == candidates and len(seconds) == 2 and min(seconds.values()) > 0
+    assert rates.choose("auto", torch.bfloat16, 576, 576) in seconds
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
