@@ -52,7 +52,7 @@ class RanksBackend(Backend):
 
     def on_training_start(self, worker_group: Any, backend_config: RanksConfig) -> None:
         address, port = worker_group.execute_single(0, _rendezvous)
-        worker_group.execute(_set_environment, address, port, backend_config.environment)
+        worker_group.execute(_set_up_process, address, port, backend_config.environment)
 
 
 def _rendezvous() -> tuple[str, int]:
@@ -65,7 +65,7 @@ def _rendezvous() -> tuple[str, int]:
         return address, free.getsockname()[1]
 
 
-def _set_environment(address: str, port: int, environment: dict[str, str]) -> None:
+def _set_up_process(address: str, port: int, environment: dict[str, str]) -> None:
     import ray.train
 
     context = ray.train.get_context()

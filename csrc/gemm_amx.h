@@ -23,7 +23,7 @@ static inline Halves halves_of(v16 x) {
 
 // ---- operands
 
-// Items [i, i + 32) of a row; those from `count` on are zero.
+// Items [column, column + 32) of a row; those from `count` on are zero.
 static inline void split_step(Matrix x, std::int64_t row, std::int64_t column, std::int64_t count,
                               std::uint16_t* high, std::uint16_t* low) {
     const std::int64_t from = row * x.stride + column;
@@ -248,7 +248,7 @@ struct Result {
 };
 
 // 32 x 32 sums into C. Whole lines of it go past the caches, which then needn't fetch them first:
-// 0.87 of the time of a 2048 x 576 x 3072 product with stores through them.
+// 0.7 of the time with 3,072 columns of C (2,048 rows, K = 576), the same with 576.
 static inline void put_sums(const float* sums, const Result& to, std::int64_t r, std::int64_t end,
                             std::int64_t p) {
     const std::int64_t first = p * kTileColumns;

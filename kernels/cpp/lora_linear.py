@@ -2,8 +2,7 @@
 
 Four arithmetics of the base product: int16 in block fixed point, bf16x3 on AMX tiles, fp32 in
 tiles of our own, and torch's (`torch`). Adapters are fp32 in all of them, but for the products
-that share an operand with the base in int16 or bf16x3. `rates.choose` says which is taken, by
-measured rate.
+that share an operand with the base in int16 or bf16x3. `rates.choose` says which is taken.
 
 Signatures as in ops/lora_linear.py. M tokens, K = d_in, N = d_out, R = rank.
 """

@@ -278,11 +278,24 @@ def test_what_may_be_taken() -> None:
         rates.permitted("int4", torch.float32)
 
 
-def test_the_choice_is_the_faster_one() -> None:
+def test_candidates_are_measured() -> None:
     candidates = rates.permitted("auto", torch.bfloat16)
     seconds = rates.measure(candidates, torch.bfloat16, 576, 576, repeats=1)
     assert tuple(seconds) == candidates and len(seconds) == 2 and min(seconds.values()) > 0
-    assert rates.choose("auto", torch.bfloat16, 576, 576) in seconds
+
+
+@pytest.mark.parametrize(("first", "taken"), [(1.0, 0), (2.09, 0), (2.11, 1)])
+def test_the_choice_is_the_first_unless_another_is_clearly_faster(
+    first: float, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates = rates.permitted("auto", torch.bfloat16)
+    seconds = dict(zip(candidates, (first, 2.0), strict=True))
+    monkeypatch.setattr(rates, "measure", lambda *_: seconds)
+    rates._fastest.cache_clear()
+    try:
+        assert rates.choose("auto", torch.bfloat16, 576, 576) == candidates[taken]
+    finally:
+        rates._fastest.cache_clear()
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])

@@ -114,12 +114,12 @@ def test_documents_are_told_by_positions() -> None:
 def test_packed_documents_learn_what_they_learn_alone(family: str, backend: str) -> None:
     model = with_lora(built(family))
     swap_in(model, table(backend))
-    together, apart = outcome(model, loss_of(packed())), None
-    together = [t.clone() for t in together]
+    together = [t.clone() for t in outcome(model, loss_of(packed()))]
     apart = outcome(model, alone)
     assert abs(together[0] - apart[0]) <= 1e-6 * apart[0]
     for a, b in zip(together[1:], apart[1:], strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+        # measured: at most 1.1e-6 of the largest, in sums of other orders
+        assert (a - b).abs().max() <= 4e-6 * b.abs().max()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
