@@ -13,7 +13,7 @@ from trimpot.runner import hub
 from trimpot.runner.adapters.lora import add_lora
 from trimpot.runner.engine import reach
 from trimpot.runner.errors import ConfigError
-from trimpot.runner.fused.swap import Table, swap_in
+from trimpot.runner.fused.swap import Table, remake_products, swap_in
 from trimpot.runner.types import Plan
 
 
@@ -33,7 +33,9 @@ def build_model(plan: Plan, deepspeed: dict[str, Any] | None) -> nn.Module:
         assert config.freeze is not None
         _freeze_but(model, config.freeze.trainable)
     model.kernels = swap_in(model, plan.kernels, reach if plan.zero_stage == 3 else None)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    if config.model.activation_checkpointing:
+    if config.model.activation_checkpointing == "selective":
+        remake_products(model)
+    elif config.model.activation_checkpointing:
         hub.recompute_layers(model)
     return model
 
