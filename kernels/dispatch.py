@@ -90,7 +90,7 @@ def _cpp_attention(facts: Facts) -> Answer:
     gemm, dtype = facts.get("gemm", AUTO), facts.get("dtype")
     if gemm == "bf16x3":
         return _cpp_gemm(facts)
-    low = tiles and gemm != FP32 and dtype != "float32"
+    low = tiles and gemm != FP32 and dtype in (None, "bfloat16")
     kind = "bf16 with fp32 sums under precision bf16, else fp32" if dtype is None else "bf16x3"
     return Answer(True, f"{answer.why}; {kind if low else FP32}")
 

@@ -20,8 +20,8 @@ from trimpot.kernels.ops.varlen_attention import boundaries
 
 @dataclass(frozen=True)
 class VarlenAttention:
-    """`arithmetic` of the products: fp32 | bf16x3, or auto for bf16x3 of 16-bit tensors where
-    there are tiles, else fp32."""
+    """`arithmetic` of the products: fp32 | bf16x3, or auto for bf16x3 of bf16 tensors where there
+    are tiles, else fp32. fp16's lse would err by more than fp32 products let it."""
 
     arithmetic: str = "auto"
 
@@ -38,7 +38,7 @@ class VarlenAttention:
                 "take fp32 or auto"
             )
         return self.arithmetic == "bf16x3" or (
-            self.arithmetic == "auto" and there and dtype != torch.float32
+            self.arithmetic == "auto" and there and dtype == torch.bfloat16
         )
 
     def forward(
@@ -61,7 +61,6 @@ class VarlenAttention:
         native.extension().attention_forward(*settings, *sides, o.data_ptr(), lse.data_ptr())
         del kept
         return o, lse
-
 
     def backward(
         self,
@@ -89,6 +88,7 @@ class VarlenAttention:
         del kept
         dq, dk, dv = grads
         return dq, dk, dv
+
 
 variant = VarlenAttention
 """`variant("bf16x3")`: the same functions with that arithmetic."""

@@ -47,6 +47,16 @@ CASES = [
 backends = pytest.mark.parametrize(
     "backend", ["torch", pytest.param("cpp", marks=checks.needs_extension)]
 )
+needs_tiles = pytest.mark.skipif(
+    "bf16x3" not in dispatch.arithmetics(), reason="no AMX tiles of bfloat16 here"
+)
+TILES = pytest.param("cpp:bf16x3", marks=needs_tiles)
+everywhere = pytest.mark.parametrize(
+    "backend", ["torch", pytest.param("cpp", marks=checks.needs_extension), TILES]
+)
+in_cpp = pytest.mark.parametrize(
+    "backend", [pytest.param("cpp:fp32", marks=checks.needs_extension), TILES]
+)
 Given = list[torch.Tensor]
 
 
@@ -143,7 +153,7 @@ def test_is_torchs_sdpa(dtype: torch.dtype) -> None:
     checks.assert_twice([o, *grads], theirs, [exact, *exact_grads])
 
 
-@backends
+@everywhere
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_is_an_op_as_torch_wants_it(backend: str, dtype: torch.dtype) -> None:
     n = Case((5, 0, 9), 4, 2, 8, window=4, softcap=2.0, rest=1)
@@ -162,24 +172,56 @@ def test_is_an_op_as_torch_wants_it(backend: str, dtype: torch.dtype) -> None:
 def test_cpp_obeys_the_rule(n: Case, dtype: torch.dtype, isa: str) -> None:
     given = inputs(n, dtype)
     with checks.isa(isa):
-        got = run("cpp", n, given)
+        got = run("cpp:fp32", n, given)
     checks.assert_twice(got, run("torch", n, given), run("torch", n, doubles(given)))
 
 
-@checks.needs_extension
+TILE_CASES = [
+    *CASES,
+    Case((31, 32, 33, 63, 64, 65, 127, 128, 129), 6, 2, 64),  # tiles and blocks ± 1
+    Case((257, 511), 2, 1, 32, window=33),
+    Case((300,), 3, 1, 64, window=65, softcap=3.0),
+]
+
+
+@needs_tiles
+@pytest.mark.parametrize("n", TILE_CASES, ids=str)
+def test_tiles_obey_the_rule_in_bf16(n: Case) -> None:
+    given = inputs(n, torch.bfloat16)
+    got = run("cpp", n, given)
+    checks.assert_same_bits(got, run("cpp:bf16x3", n, given))  # what auto takes
+    checks.assert_twice(got, run("torch", n, given), run("torch", n, doubles(given)))
+
+
+@needs_tiles
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("n", TILE_CASES, ids=str)
+def test_tiles_err_as_little_as_their_products(n: Case, dtype: torch.dtype) -> None:
+    """Two products one after the other, of 4e-6 each; fp16's own rounding beside it is 3e-4."""
+    given = inputs(n, dtype)
+    limit = 1.2e-5 if dtype == torch.float32 else 4e-4
+    for got, exact in zip(
+        run("cpp:bf16x3", n, given), run("torch", n, doubles(given)), strict=True
+    ):
+        # Of one key there is no gradient, but what cancels leaves its rounding.
+        size = exact.norm() if exact.any() else given[3].double().norm() * n.width**0.5
+        assert (got.double() - exact).norm() <= limit * size
+
+
+@in_cpp
 @pytest.mark.parametrize("dtype", checks.DTYPES)
 @pytest.mark.parametrize("heads", [(6, 2), (2, 2)])
 def test_cpp_gives_the_same_bits_again_and_on_any_number_of_threads(
-    heads: tuple[int, int], dtype: torch.dtype
+    heads: tuple[int, int], dtype: torch.dtype, backend: str
 ) -> None:
     """One document is a task for each query head where there are threads for them, many are not."""
     for lengths in ((500,), (60,) * 14):
         n = Case(lengths, *heads, 48)
         given = inputs(n, dtype)
-        checks.assert_steady(lambda n=n, given=given: run("cpp", n, given))
+        checks.assert_steady(lambda n=n, given=given: run(backend, n, given))
 
 
-@backends
+@everywhere
 @pytest.mark.parametrize("window", [0, 20])
 def test_other_documents_change_no_bit(window: int, backend: str) -> None:
     """Whatever they hold, NaN too, and however long they are."""
@@ -201,7 +243,7 @@ def _by_token(results: list[torch.Tensor]) -> list[torch.Tensor]:
     return [o, lse.T, *grads]
 
 
-@backends
+@everywhere
 def test_later_tokens_change_no_bit(backend: str) -> None:
     n = Case((400,), 2, 1, 32)
     given = inputs(n, torch.float32)
@@ -214,24 +256,24 @@ def test_later_tokens_change_no_bit(backend: str) -> None:
     assert not torch.equal(again[301:], o[301:])
 
 
-@checks.needs_extension
+@in_cpp
 @pytest.mark.parametrize("dtype", checks.DTYPES)
-def test_cpp_reads_views(dtype: torch.dtype) -> None:
+def test_cpp_reads_views(dtype: torch.dtype, backend: str) -> None:
     """Parts of one fused projection, heads before tokens, D with gaps, expanded."""
     n = Case((70, 29), 4, 2, 24)
     given = inputs(n, dtype)
-    want = run("cpp", n, given)
+    want = run(backend, n, given)
     fused = torch.cat(given[:3], 1)
     parts = [fused[:, :4], fused[:, 4:6], fused[:, 6:]]
     turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in given]
     gapped = [torch.stack([t, t], -1)[..., 0] for t in given]
     for args in ([*parts, given[3]], turned, gapped):
-        checks.assert_same_bits(run("cpp", n, args), want)
+        checks.assert_same_bits(run(backend, n, args), want)
     one = [t[:1].expand(99, -1, -1) for t in given]
-    checks.assert_same_bits(run("cpp", n, one), run("cpp", n, [t.contiguous() for t in one]))
+    checks.assert_same_bits(run(backend, n, one), run(backend, n, [t.contiguous() for t in one]))
 
 
-@backends
+@everywhere
 @pytest.mark.parametrize("lengths", [(), (0, 0)])
 @pytest.mark.parametrize("rest", [0, 4])
 def test_no_documents(rest: int, lengths: tuple[int, ...], backend: str) -> None:
@@ -242,15 +284,15 @@ def test_no_documents(rest: int, lengths: tuple[int, ...], backend: str) -> None
         assert got.shape == shape and not got.any()
 
 
-@checks.needs_extension
+@in_cpp
 @pytest.mark.parametrize("isa", checks.ISAS)
-def test_cpp_passes_what_is_not_finite(isa: str) -> None:
+def test_cpp_passes_what_is_not_finite(isa: str, backend: str) -> None:
     """To the tokens that see it, which with a window are not all."""
     n = Case((300,), 2, 1, 32, window=50)
     q, k, v, do = inputs(n, torch.float32)
     k[40, 0, 3] = torch.nan
     with checks.isa(isa):
-        o, lse, *_ = run("cpp", n, [q, k, v, do])
+        o, lse, *_ = run(backend, n, [q, k, v, do])
     assert o[40:90].isnan().all() and lse[:, 40:90].isnan().all()
     assert o[:40].isfinite().all() and o[300 - 140 :].isfinite().all()
 
@@ -267,7 +309,7 @@ def test_cpp_keeps_scores_of_any_size(isa: str) -> None:
     checks.assert_twice(got, run("torch", n, given), run("torch", n, doubles(given)))
 
 
-@backends
+@everywhere
 def test_compiles_whole(backend: str) -> None:
     n = Case((9, 4), 2, 1, 8)
     q, k, v, _ = inputs(n, torch.float32)
