@@ -63,7 +63,7 @@ static inline Floats where_seen(const Sight& see, int64_t r, int64_t column, Flo
     const auto low = static_cast<int32_t>(most(-1, least(see.low + r - column, kWidth)));
     const int64_t to = least(see.high + r, see.end);
     const auto high = static_cast<int32_t>(most(-1, least(to - column, kWidth)));
-    return (index >= low) & (index < high) ? value : all(otherwise);
+    return ((index >= low) & (index < high)) ? value : all(otherwise);
 }
 
 // ---- backward
