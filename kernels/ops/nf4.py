@@ -88,7 +88,7 @@ def quantise(weight: torch.Tensor, double_quant: bool = True, backend: str = "au
 
 def dequantise(weight: Nf4, dtype: torch.dtype, backend: str = "auto") -> torch.Tensor:
     """→ ŵ in `dtype`, of the weight's shape. Raises KernelError where parts do not go together."""
-    _check(weight)
+    check(weight)
     return _op(
         weight.packed,
         weight.absmax,
@@ -101,7 +101,8 @@ def dequantise(weight: Nf4, dtype: torch.dtype, backend: str = "auto") -> torch.
     )
 
 
-def _check(weight: Nf4) -> None:
+def check(weight: Nf4) -> None:
+    """Raises KernelError where sizes or types of the parts do not go together."""
     items = math.prod(weight.shape)
     blocks = -(-items // BLOCK)
     nested = (-(-blocks // NESTED_BLOCK), 256) if weight.double_quant else (0, 0)
