@@ -159,6 +159,30 @@ void softmax_loss(Address logits, Int stride, Int rows, Int columns, Address lab
     softmax_table().loss(call);
 }
 
+void nf4_quantise(int type, Address weight, Address thresholds, Address packed, Address absmax,
+                  Int count) {
+    const Nf4Quantise call{type_of(type),         at<void>(weight),
+                           at<float>(thresholds), at<std::uint8_t>(packed),
+                           at<float>(absmax),     count};
+    py::gil_scoped_release released;
+    nf4_table().quantise(call);
+}
+
+void nf4_dequantise(int type, Address packed, Address absmax, Address nested_absmax,
+                    Address nested_map, float offset, Address code, Address out, Int count) {
+    const Nf4Dequantise call{type_of(type),
+                             at<std::uint8_t>(packed),
+                             at<void>(absmax),
+                             at<float>(nested_absmax),
+                             at<float>(nested_map),
+                             offset,
+                             at<float>(code),
+                             at<void>(out),
+                             count};
+    py::gil_scoped_release released;
+    nf4_table().dequantise(call);
+}
+
 }  // namespace
 
 void bind_elementwise(py::module_& m) {
@@ -171,6 +195,8 @@ void bind_elementwise(py::module_& m) {
     m.def("rope", &rope);
     m.def("adamw_step", &adamw_step);
     m.def("softmax_loss", &softmax_loss);
+    m.def("nf4_quantise", &nf4_quantise);
+    m.def("nf4_dequantise", &nf4_dequantise);
 }
 
 }  // namespace trimpot

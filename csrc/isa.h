@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "cpu.h"
 #include "glu.h"
+#include "nf4.h"
 #include "norm.h"
 #include "optim.h"
 #include "rope.h"
@@ -82,6 +83,7 @@ TRIMPOT_TABLE(GluTable, glu)
 TRIMPOT_TABLE(OptimTable, optim)
 TRIMPOT_TABLE(SoftmaxTable, softmax)
 TRIMPOT_TABLE(AttentionTable, attention)
+TRIMPOT_TABLE(Nf4Table, nf4)
 
 #undef TRIMPOT_TABLE
 

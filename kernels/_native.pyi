@@ -147,6 +147,20 @@ def adamw_step(
     correction: float,
     eps: float,
 ) -> None: ...
+def nf4_quantise(
+    type: int, weight: int, thresholds: int, packed: int, absmax: int, count: int
+) -> None: ...
+def nf4_dequantise(
+    type: int,
+    packed: int,
+    absmax: int,
+    nested_absmax: int,
+    nested_map: int,
+    offset: float,
+    code: int,
+    out: int,
+    count: int,
+) -> None: ...
 def softmax_loss(
     logits: int,
     stride: int,

@@ -160,6 +160,7 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "geglu": _TENSOR,
     "linear_cross_entropy": _GEMM,
     "lora_linear": _GEMM,
+    "nf4": _TENSOR,
     "rope": _TENSOR,
     "swiglu": _TENSOR,
     "token_logprobs": _GEMM,

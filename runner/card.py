@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trimpot.runner.config import Config
 from trimpot.runner.journal import FILE
 from trimpot.runner.run_yaml import looks_local
 from trimpot.runner.tuned import Trained
@@ -20,7 +21,7 @@ def model_card(trained: Trained, kind: str, dtype: str, reasons: list[str]) -> s
         ("base", Path(base).name if local else base + _at(config.model.revision)),
         ("method", _method(trained)),
         ("steps", f"{_step(trained, facts)} of {config.optim.batch_size} samples"),
-        ("precision of training", config.precision),
+        ("precision of training", config.precision + _held(config)),
         ("dtype of these weights", dtype),
         ("data digest", facts.get("data_digest") or "unknown"),
         ("held-out loss before", _loss(facts.get("before"))),
@@ -46,6 +47,11 @@ def model_card(trained: Trained, kind: str, dtype: str, reasons: list[str]) -> s
         *(f"- {reason}" for reason in reasons),
     ]
     return "\n".join(head + body) + "\n"
+
+
+def _held(config: Config) -> str:
+    kind = config.model.quantization
+    return "" if kind == "none" else f", base in {kind.upper()}"
 
 
 def _at(revision: str | None) -> str:

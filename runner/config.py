@@ -59,6 +59,18 @@ class ModelSection(Section):
     activation_checkpointing: bool | Literal["selective"] = False
     """true: recompute each layer in backward, about a third more time for far less memory.
     selective: of each layer only gate and up, a tenth more time for half the memory."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4 holds the frozen linear layers in 4 bits (QLoRA: Dettmers et al. 2023); method lora."""
+    double_quant: bool = True
+    """Under nf4, quantise the scales of the blocks too: 0.516 bytes a weight, 0.5625 without."""
+
+    @model_validator(mode="after")
+    def _double_quant_of_something(self) -> ModelSection:
+        if "double_quant" in self.model_fields_set and self.quantization != "nf4":
+            raise ValueError(
+                "double_quant is set, but quantization is none; set quantization: nf4 or remove it"
+            )
+        return self
 
 
 class AdapterSection(Section):
@@ -209,6 +221,8 @@ class KernelsSection(Section):
     """silu(gate) · up."""
     geglu: KernelBackend | None = None
     """gelu(gate) · up."""
+    nf4: KernelBackend | None = None
+    """4-bit weights to the type of the activations, layer by layer."""
     adamw_step: KernelBackend | None = None
     """The optimizer's update, in one pass over memory."""
     cpu_gemm: Literal["auto", "fp32", "int16", "bf16x3", "int8"] = "auto"
@@ -292,6 +306,22 @@ class Config(Section):
         if self.method != "lora" and "adapter" in self.model_fields_set:
             raise ValueError(
                 f"adapter is set, but method is {self.method}; set method: lora or remove adapter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_base_is_frozen(self) -> Config:
+        if self.model.quantization == "none":
+            return self
+        if self.method != "lora":
+            raise ValueError(
+                f"model.quantization is nf4, which freezes the linear layers, but method is "
+                f"{self.method}; set method: lora, or quantization: none"
+            )
+        if self.fleet.zero_stage == 3:
+            raise ValueError(
+                "model.quantization is nf4, whose weights ZeRO-3 can't partition: every worker "
+                "holds them whole; set fleet.zero_stage 0, 1, 2 or auto"
             )
         return self
 

@@ -30,6 +30,7 @@ from trimpot.runner.logits import (
     logits_of,
     rms_distance,
 )
+from trimpot.runner.plan.nf4_files import NF4
 from trimpot.runner.tuned import (
     DTYPES,
     Trained,
@@ -281,6 +282,8 @@ def _reasons(trained: Trained, reference: Reference, dtype: str) -> list[str]:
             f"merged logits in {precision} within {scores['error_' + precision]:.1e} of "
             f"base + adapter {over} (allowed {FP32_LIMIT:.0e})"
         ]
+    if trained.plan.config.model.quantization == NF4:
+        rows.append(f"the base's linear layers are those of its 4 bits, dequantised to {dtype}")
     if "error" in scores:
         rows.append(
             f"in {dtype} within {scores['error']:.1e} of fp32 (allowed {scores['allowed']:.1e}: "

@@ -173,6 +173,8 @@ def model_facts(path: str, revision: str | None) -> ModelFacts:
         config = json.loads(
             Path(hf_hub_download(path, "config.json", revision=revision)).read_text()
         )
+        if config.get("quantization_config"):  # the headers alone do not say the shapes
+            return read_facts(fetch_model(path, revision))
         files = HfApi().get_safetensors_metadata(path, revision=revision).files_metadata
     tensors = {n: tuple(t.shape) for file in files.values() for n, t in file.tensors.items()}
     return facts_from(config, tensors, path)
@@ -211,11 +213,58 @@ def load_causal_lm(
     return model.train()
 
 
-def recompute_layers(model: Any) -> None:
-    """Activation checkpointing per layer, in place."""
+def empty_causal_lm(folder: Path) -> torch.nn.Module:
+    """The model of a folder on torch's meta device: its modules, without their weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            if hasattr(config, "quantization_config"):
+                delattr(config, "quantization_config")  # its weights are ours to read
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config)
+        except (ValueError, OSError, KeyError, ImportError, RuntimeError) as error:
+            raise ModelError(f"{folder} can't be loaded for causal_lm: {_line(error)}") from error
+
+
+def fill_causal_lm(
+    empty: Any,
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+) -> torch.nn.Module:
+    """As load_causal_lm, of what `empty_causal_lm` gave, with these tensors for the folder's."""
+    from transformers import GenerationConfig
+
+    with quiet():
+        try:
+            model = type(empty).from_pretrained(
+                None,
+                config=empty.config,
+                state_dict=tensors,
+                dtype=dtype,
+                attn_implementation=attention,
+            )
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (ValueError, OSError, KeyError, ImportError, RuntimeError) as error:
+            raise ModelError(f"{folder} can't be loaded for causal_lm: {_line(error)}") from error
+    model.config.use_cache = False
+    return model.train()
+
+
+def recompute_layers(model: Any) -> list[torch.nn.Module]:
+    """Activation checkpointing per layer, in place → those layers."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     # Not reentrant: the reentrant form needs inputs with gradients, which frozen embeddings
     # do not give.
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def family_of(module: object) -> str | None:

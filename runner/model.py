@@ -11,22 +11,18 @@ from torch import nn
 
 from trimpot.runner import hub
 from trimpot.runner.adapters.lora import add_lora
+from trimpot.runner.adapters.nf4_linear import nf4_layers
 from trimpot.runner.engine import reach
 from trimpot.runner.errors import ConfigError
 from trimpot.runner.fused.swap import Table, remake_products, swap_in
+from trimpot.runner.quantized import load_nf4
 from trimpot.runner.types import Plan
 
 
 def build_model(plan: Plan, deepspeed: dict[str, Any] | None) -> nn.Module:
     """The model in train mode; under ZeRO-3 (`deepspeed` given) already partitioned."""
     config = plan.config
-    folder = hub.fetch_model(plan.model_path, config.model.revision)
-    model = hub.load_causal_lm(
-        Path(folder),
-        dtype=dtype_of(plan),
-        attention=config.model.attention,
-        deepspeed=deepspeed if plan.zero_stage == 3 else None,
-    )
+    model = _load(plan, deepspeed)
     if config.method == "lora":
         add_lora(model, config.adapter, config.seed)
     elif config.method == "freeze":
@@ -36,8 +32,29 @@ def build_model(plan: Plan, deepspeed: dict[str, Any] | None) -> nn.Module:
     if config.model.activation_checkpointing == "selective":
         remake_products(model)
     elif config.model.activation_checkpointing:
-        hub.recompute_layers(model)
+        for layer in hub.recompute_layers(model):
+            for quantised in nf4_layers(layer).values():
+                quantised.recomputed = True
     return model
+
+
+def _load(plan: Plan, deepspeed: dict[str, Any] | None) -> nn.Module:
+    section = plan.config.model
+    folder = Path(hub.fetch_model(plan.model_path, section.revision))
+    if section.quantization == "none":
+        return hub.load_causal_lm(
+            folder,
+            dtype=dtype_of(plan),
+            attention=section.attention,
+            deepspeed=deepspeed if plan.zero_stage == 3 else None,
+        )
+    return load_nf4(
+        folder,
+        dtype=dtype_of(plan),
+        attention=section.attention,
+        double_quant=section.double_quant,
+        backend=plan.kernels["nf4"]["backend"],
+    )
 
 
 def kernels_of(model: nn.Module) -> Table:
@@ -64,6 +81,7 @@ def _freeze_but(model: nn.Module, patterns: list[str]) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, trained) parameters, also where ZeRO-3 has partitioned them."""
+    """(all, trained) parameters, also where ZeRO-3 has partitioned them, or NF4 packed."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    packed = sum(m.out_features * m.in_features for m in nf4_layers(model).values())
+    return packed + sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)

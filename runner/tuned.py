@@ -17,6 +17,7 @@ from trimpot.runner.adapters.peft_io import load_adapter, put_adapter
 from trimpot.runner.checkpoint import STATE, newest_checkpoint
 from trimpot.runner.errors import CheckpointError, TrimpotError
 from trimpot.runner.plan.plan import plan_from_json
+from trimpot.runner.quantized import dequantise_layers, load_nf4
 from trimpot.runner.types import Checkpoint, Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,9 +129,15 @@ def _load_base(plan: Plan, dtype: torch.dtype | None) -> tuple[nn.Module, hub.To
     folder = base_folder(plan)
     # flash_attention_2 runs on GPUs in half precision only; here it may be neither.
     attention = "eager" if plan.config.model.attention == "eager" else "sdpa"
-    model = hub.load_causal_lm(
-        folder, dtype=dtype or DTYPES[base_dtype(folder)], attention=attention, deepspeed=None
-    )
+    dtype = dtype or DTYPES[base_dtype(folder)]
+    section = plan.config.model
+    if section.quantization == "none":
+        model = hub.load_causal_lm(folder, dtype=dtype, attention=attention, deepspeed=None)
+    else:  # what was trained on: the weights that its 4 bits stand for
+        model = load_nf4(
+            folder, dtype=dtype, attention=attention, double_quant=section.double_quant
+        )
+        dequantise_layers(model, dtype)
     return model.requires_grad_(False).eval(), hub.Tokenizer(folder)
 
 

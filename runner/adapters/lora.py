@@ -15,11 +15,14 @@ import torch
 from torch import nn
 
 from trimpot.kernels.ops.lora_linear import lora_linear
+from trimpot.kernels.ops.opmath import in_working_type
 from trimpot.kernels.ops.philox import draw_seeds, dropped
+from trimpot.runner.adapters.nf4_linear import Nf4Linear, frozen_weights
 from trimpot.runner.config import AdapterSection
 from trimpot.runner.errors import PlanError
 
 OFF = "off"
+LINEARS = (nn.Linear, Nf4Linear)
 
 
 class LoraLinear(nn.Module):
@@ -29,14 +32,15 @@ class LoraLinear(nn.Module):
     the same masks in all of them: they come of seeds that torch's generator draws in forward.
     """
 
-    def __init__(self, base: nn.Linear, adapter: AdapterSection, seed: int, name: str):
+    def __init__(self, base: nn.Linear | Nf4Linear, adapter: AdapterSection, seed: int, name: str):
         super().__init__()
         self.base_layer = base
         self.rank = adapter.lora_rank
         self.scale = adapter.lora_alpha / adapter.lora_rank
         self.dropout = adapter.lora_dropout
         self.backend = OFF
-        options = {"dtype": base.weight.dtype, "device": base.weight.device}
+        like = base if isinstance(base, Nf4Linear) else base.weight
+        options = {"dtype": like.dtype, "device": like.device}
         d_out, d_in = base.out_features, base.in_features
         a_RK = torch.empty(adapter.lora_rank, d_in)
         # Uniform(±1/√K), as PEFT has it (kaiming with a = √5); its own generator for each
@@ -51,16 +55,18 @@ class LoraLinear(nn.Module):
         if self.backend == OFF or self.scale == 0:
             return [layer.plain(x) for layer in (self, *siblings)] if siblings else self.plain(x)
         layers = (self, *siblings)
-        ys = lora_linear(
-            x,
-            [layer.base_layer.weight for layer in layers],
-            [layer.lora_A for layer in layers],
-            [layer.lora_B for layer in layers],
-            [layer.scale for layer in layers],
-            biases=[layer.base_layer.bias for layer in layers],
-            dropout=self.dropout if self.training else 0.0,
-            backend=self.backend,
-        )
+        x = in_working_type(x)
+        with frozen_weights([layer.base_layer for layer in layers], x.dtype) as weights:
+            ys = lora_linear(
+                x,
+                weights,
+                [layer.lora_A for layer in layers],
+                [layer.lora_B for layer in layers],
+                [layer.scale for layer in layers],
+                biases=[layer.base_layer.bias for layer in layers],
+                dropout=self.dropout if self.training else 0.0,
+                backend=self.backend,
+            )
         return ys if siblings else ys[0]
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
@@ -82,8 +88,10 @@ class LoraLinear(nn.Module):
         )
 
     def merged_weight(self) -> torch.Tensor:
-        """W + scale · B A → [N, K] in W's dtype; the product and the sum in float64."""
+        """W + scale · B A → [N, K] in W's dtype; the product and the sum in float64. Of a plain
+        layer: NF4 is dequantised first (quantized.py)."""
         update_NK = self.lora_B.double() @ self.lora_A.double()
+        assert isinstance(self.base_layer, nn.Linear)
         weight_NK = self.base_layer.weight
         return (weight_NK.double() + self.scale * update_NK).to(weight_NK.dtype)
 
@@ -113,7 +121,7 @@ def add_lora(
     for name in names:
         parent, _, child = name.rpartition(".")
         base = model.get_submodule(name)
-        assert isinstance(base, nn.Linear)
+        assert isinstance(base, LINEARS)
         setattr(model.get_submodule(parent), child, LoraLinear(base, adapter, seed, name))
     return names
 
@@ -121,7 +129,7 @@ def add_lora(
 def target_layers(model: nn.Module, adapter: AdapterSection) -> list[str]:
     """Names of the linear layers that the adapter goes on. Raises PlanError if there are none."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    linears = [n for n, m in model.named_modules() if isinstance(m, LINEARS) and m is not head]
     if adapter.target_modules == "all-linear":
         if not linears:
             raise PlanError(
@@ -161,7 +169,9 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 def merge_lora(model: nn.Module) -> None:
     """Replace each adapted layer by a plain one with the merged weight, in place."""
     for name, layer in lora_layers(model).items():
+        merged = layer.merged_weight()
+        assert isinstance(layer.base_layer, nn.Linear)
         with torch.no_grad():
-            layer.base_layer.weight.copy_(layer.merged_weight())
+            layer.base_layer.weight.copy_(merged)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base_layer)

@@ -16,6 +16,7 @@ from torch import nn
 
 from trimpot.runner import hub
 from trimpot.runner.adapters.lora import LoraLinear, lora_layers
+from trimpot.runner.adapters.nf4_linear import Nf4Linear
 from trimpot.runner.errors import ConfigError
 from trimpot.runner.fused.attention import AttentionKind, FusedAttention
 from trimpot.runner.fused.classes import put
@@ -180,7 +181,7 @@ class Swap:
             return
         self.reasons["lora_linear"] = "no adapted layer is a plain torch.nn.Linear"
         for layer in lora_layers(self.model).values():
-            if type(layer.base_layer) is nn.Linear:
+            if type(layer.base_layer) in (nn.Linear, Nf4Linear):
                 layer.backend = self.backends["lora_linear"]
                 self.done["lora_linear"] += 1
 

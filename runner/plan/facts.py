@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trimpot.runner.errors import ModelError
+from trimpot.runner.plan.nf4_files import STATE, quantization_of, unpacked
 
 MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors itself sets
 CONV1D = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "gpt2", "openai-gpt")
@@ -35,6 +36,8 @@ class ModelFacts:
     shapes: dict[str, tuple[int, ...]]
     activation: str = ""
     """Of its feed-forward layers, as config.json names it."""
+    quantization: str = ""
+    """nf4, where the files hold linear layers so already."""
 
     @property
     def largest_layer(self) -> int:
@@ -114,6 +117,7 @@ def facts_from(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], name:
         max_positions=first("max_position_embeddings", "n_positions", default=1 << 30),
         shapes=shapes,
         activation=_activation(text),
+        quantization=quantization_of(config, name),
     )
 
 
@@ -125,11 +129,19 @@ def _activation(config: dict[str, Any]) -> str:
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """{parameter: shape} over all safetensors files of a model folder."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    states: dict[str, bytes] = {}
+    for path in weight_files(folder):
+        shapes |= read_header(path)
+        states |= _nf4_states(path)
+    return unpacked(shapes, states)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder. Raises ModelError where one is missing."""
     index = folder / "model.safetensors.index.json"
     files = _index_files(index) if index.is_file() else ["model.safetensors"]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        path = folder / file
+    for path in (folder / file for file in files):
         if not path.is_file():
             pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
             hint = (
@@ -138,8 +150,7 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 else "save the model with save_pretrained"
             )
             raise ModelError(f"{path} is not there; {hint}")
-        shapes |= read_header(path)
-    return shapes
+    return [folder / file for file in files]
 
 
 def _index_files(index: Path) -> list[str]:
@@ -170,6 +181,20 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
             what = f"{missing} bytes are missing" if missing > 0 else f"{-missing} bytes too many"
             raise ModelError(f"{path} is not whole ({what}); download or convert it again")
         return shapes
+
+
+def _nf4_states(path: Path) -> dict[str, bytes]:
+    """{name: content} of what bitsandbytes says of its weights, in a file that is whole."""
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        header: dict[str, Any] = json.loads(file.read(length))
+        found: dict[str, bytes] = {}
+        for name, entry in header.items():
+            if name.endswith(STATE):
+                first, end = map(int, entry["data_offsets"])
+                file.seek(8 + length + first)
+                found[name] = file.read(max(0, end - first))
+        return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

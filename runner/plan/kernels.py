@@ -7,6 +7,7 @@ from typing import Any
 from trimpot.kernels.dispatch import AUTO, choose
 from trimpot.runner.config import Config
 from trimpot.runner.plan.facts import ModelFacts
+from trimpot.runner.plan.nf4_files import NF4
 from trimpot.runner.types import Fleet
 
 OFF = "off"
@@ -30,10 +31,18 @@ def choose_kernels(config: Config, fleet: Fleet, facts: ModelFacts) -> dict[str,
     device = "cuda" if fleet.gpus_per_node else "cpu"
     dtype = "bfloat16" if config.precision == "bf16" else "float32"
     chosen: dict[str, dict[str, str]] = {}
+    # Packs of weights that are dequantised for each call would be made as often.
+    packs_are_lost = (
+        config.model.quantization == NF4 and device == "cpu" and section.cpu_gemm == AUTO
+    )
     for op in ops_of(config, facts):
         wanted = getattr(section, op) or section.default
         if op == ATTENTION and wanted == "triton" and getattr(section, op) is None:
             wanted = AUTO  # the default is meant for the ops that have a Triton kernel
+        if op == NF4 and wanted == OFF:
+            wanted = "torch"  # transformers has no code of its own for it
+        if op == "lora_linear" and packs_are_lost:
+            wanted = "torch" if wanted == AUTO else wanted
         if wanted == OFF:
             chosen[op] = {"backend": OFF, "why": "asked for; transformers' own code"}
             continue
@@ -60,4 +69,5 @@ def ops_of(config: Config, facts: ModelFacts) -> list[str]:
     ops = ["add_rms_norm", "rope", ATTENTION, "linear_cross_entropy", "adamw_step"]
     ops += [GATED[facts.activation]] if facts.activation in GATED else []
     ops += ["lora_linear"] if config.method == "lora" else []
+    ops += [NF4] if config.model.quantization == NF4 else []
     return sorted(ops)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from trimpot.runner.config import Config
 from trimpot.runner.plan.facts import ModelFacts
+from trimpot.runner.plan.nf4_files import NF4, bytes_of
 from trimpot.runner.types import Memory
 
 
@@ -46,8 +47,9 @@ def predict_memory(config: Config, facts: ModelFacts, at: Arrangement) -> Memory
     item = 2 if config.precision == "bf16" else 4
     world, stage = at.world_size, at.zero_stage
     trained = trained_parameters(config, facts)
-    held = facts.parameters + (trained if config.method == "lora" else 0)
-    weights = held * item
+    weights = (facts.parameters + (trained if config.method == "lora" else 0)) * item
+    if config.model.quantization == NF4:
+        weights += _quantised_less_plain(config, facts, item)
     if stage == 3:  # own share, and two gathered blocks: the running one and the prefetched one
         weights = weights // world + 2 * facts.largest_layer * item
     # fp32 training needs no master copy at stage 0; ZeRO's flat partitions are one.
@@ -60,6 +62,16 @@ def predict_memory(config: Config, facts: ModelFacts, at: Arrangement) -> Memory
         activations=_activations(config, facts, at.micro_batch_size, item),
         logits=_tokens(config, facts, at.micro_batch_size) * facts.vocab * (item + 8),
     )
+
+
+def _quantised_less_plain(config: Config, facts: ModelFacts, item: int) -> int:
+    """What NF4 changes: frozen linear layers in 4 bits, and those in use dequantised: a layer that
+    is recomputed has all of its own at a time, another the two that share an input."""
+    sizes = [d_out * d_in for d_out, d_in in facts.linears("all-linear").values()]
+    in_use = 2 * max(sizes, default=0)
+    if config.model.activation_checkpointing:
+        in_use = facts.largest_layer
+    return sum(bytes_of(n, config.model.double_quant) - n * item for n in sizes) + in_use * item
 
 
 def _tokens(config: Config, facts: ModelFacts, micro_batch_size: int) -> int:

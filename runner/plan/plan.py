@@ -31,6 +31,11 @@ def make_plan(config: Config, fleet: Fleet, facts: ModelFacts, run_dir: str) -> 
             f"{facts.max_positions} positions; set data.max_length={facts.max_positions} or less"
         )
     _check_names(config, facts)
+    if facts.quantization and config.model.quantization == "none":
+        raise PlanError(
+            f"{config.model.path} is in 4 bits already ({facts.quantization}); set "
+            f"model.quantization={facts.quantization} to train adapters on it"
+        )
     stage, micro = _arrange(config, fleet, facts, world)
     memory = predict_memory(config, facts, Arrangement(world, micro, stage))
     return Plan(
@@ -103,7 +108,8 @@ def _arrange(config: Config, fleet: Fleet, facts: ModelFacts, world: int) -> tup
     wanted = config.fleet.zero_stage
     if wanted == "auto":
         lowest = 1 if config.fleet.offload_optimizer else 0
-        stages = [lowest] if world == 1 else list(range(lowest, 4))
+        highest = 3 if config.model.quantization == "none" else 2  # which partitions no 4 bits
+        stages = [lowest] if world == 1 else list(range(lowest, highest + 1))
     else:
         stages = [wanted]
     share = config.optim.batch_size // world

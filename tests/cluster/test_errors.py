@@ -185,6 +185,30 @@ CONFIG = [
     key(
         "adapter without lora", {"method": "full", "adapter": {"lora_rank": 4}}, "adapter", "method"
     ),
+    key(
+        "unknown quantization",
+        {"model": {"quantization": "fp4"}},
+        'model.quantization is "fp4"',
+        "'none' or 'nf4'",
+    ),
+    key(
+        "4 bits and all trained",
+        {"model": {"quantization": "nf4"}, "method": "full"},
+        "quantization is nf4",
+        "method is full; set method: lora",
+    ),
+    key(
+        "4 bits in parts",
+        {"model": {"quantization": "nf4"}, "fleet": {"zero_stage": 3}},
+        "ZeRO-3 can't partition",
+        "fleet.zero_stage 0, 1, 2",
+    ),
+    key(
+        "double_quant of nothing",
+        {"model": {"double_quant": True}},
+        "double_quant is set, but quantization is none",
+        "set quantization: nf4",
+    ),
     key("freeze without names", {"method": "freeze"}, "freeze.trainable"),
     key("freeze without method", {"freeze": {"trainable": ["x"]}}, "method: freeze"),
     key("all steps warm-up", {"optim": {"warmup_steps": 3}}, "warmup_steps 3", "fewer"),
@@ -373,6 +397,7 @@ DATA = [
     ),
 ]
 
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 MODEL = [
     key("model not there", {"model": {"path": "./no"}}, "no is not there", "Hugging Face id"),
     key("a file for a model", {"model": {"path": "train.jsonl"}}, "is a file", "config.json"),
@@ -393,6 +418,18 @@ MODEL = [
         edit_json("config.json", num_attention_heads=0),
         "config.json: num_attention_heads is 0",
         "again",
+    ),
+    model(
+        "4 bits of another kind",
+        edit_json("config.json", quantization_config={**BNB, "bnb_4bit_quant_type": "fp4"}),
+        "quantised by bitsandbytes to fp4",
+        "nf4 in uint8",
+    ),
+    model(
+        "in 4 bits already",
+        edit_json("config.json", quantization_config=BNB),
+        "is in 4 bits already (nf4)",
+        "set model.quantization=nf4",
     ),
     model("no weights", remove("model.safetensors"), "model.safetensors is not there"),
     model("pickled weights", pickled_only, "pytorch_model.bin is pickled", "safetensors"),

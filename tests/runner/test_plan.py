@@ -303,7 +303,8 @@ NO_NUMBERS = {
 }  # fmt: skip
 OTHER: dict[str, Any] = {
     "model.path": "/n", "model.revision": "v2", "model.attention": "eager",
-    "model.activation_checkpointing": True, "method": "full", "precision": "fp32",
+    "model.activation_checkpointing": True, "model.quantization": "nf4",
+    "method": "full", "precision": "fp32",
     "seed": 9, "output_dir": "/q", "adapter.lora_rank": 9, "adapter.lora_alpha": 9,
     "adapter.lora_dropout": 0.5, "adapter.target_modules": ["q_proj"],
     "data.train": "/u", "data.eval": "/e", "data.eval_fraction": 0.5, "data.format": "text",
@@ -320,8 +321,10 @@ OTHER: dict[str, Any] = {
 """Another value for each key. Names that are not here get "x", counts 3."""
 
 
-ALONE = [key for key in all_keys() if key not in ("task", "freeze.trainable")]
-"""Keys that can be set without another: a task has one value, freeze wants its method."""
+WITH = ("task", "freeze.trainable", "model.double_quant")
+ALONE = [key for key in all_keys() if key not in WITH]
+"""Keys that can be set without another: a task has one value, freeze wants its method, and
+double_quant a quantization."""
 
 
 @pytest.mark.parametrize("key", ALONE)
@@ -337,6 +340,22 @@ def test_the_digest_knows_what_decides_the_numbers(key: str, facts: ModelFacts) 
     assert (before.digest == after.digest) == (key in NO_NUMBERS)
     elsewhere = before.replace(run_dir="/q", world_size=8, micro_batch_size=2, zero={"stage": 3})
     assert elsewhere.digest == before.digest
+
+
+def test_the_digest_knows_double_quantisation(facts: ModelFacts) -> None:
+    plans = [
+        make_plan(
+            run(
+                data={"train": "t", "max_length": 32},
+                model={"path": "/m", "quantization": "nf4", "double_quant": double_quant},
+            ),
+            Fleet(),
+            facts,
+            "/r",
+        )
+        for double_quant in (True, False)
+    ]
+    assert plans[0].digest != plans[1].digest
 
 
 # --- kernels
@@ -377,6 +396,18 @@ def test_arithmetic_goes_by_precision_and_cpu_gemm(facts: ModelFacts) -> None:
     forced = kernels(facts, precision="fp32", kernels={"cpu_gemm": "int16"})
     assert forced["lora_linear"] == forced["linear_cross_entropy"] == "cpp:int16"
     assert forced["rope"] == forced["adamw_step"] == "cpp"
+
+
+@pytest.mark.skipif(not native.state().available, reason=native.state().why)
+def test_weights_in_4_bits_are_not_packed_for_each_call(facts: ModelFacts) -> None:
+    base = {"path": "/m", "quantization": "nf4"}
+    chosen = kernels(facts, model=base)
+    assert (chosen["nf4"], chosen["lora_linear"], chosen["swiglu"]) == ("cpp", "torch", "cpp")
+    asked = kernels(facts, model=base, kernels={"cpu_gemm": "int16"})
+    assert (asked["nf4"], asked["lora_linear"]) == ("cpp", "cpp:int16")
+    off = kernels(facts, model=base, kernels={"default": "off"})
+    assert (off["nf4"], off["lora_linear"]) == ("torch", "off")  # transformers has none for 4 bits
+    assert "nf4" not in kernels(facts)
 
 
 def test_attention_stays_where_only_the_definition_runs(facts: ModelFacts) -> None:
