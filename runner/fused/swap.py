@@ -19,6 +19,7 @@ from trimpot.runner.adapters.lora import LoraLinear, lora_layers
 from trimpot.runner.fused.attention import AttentionKind, FusedAttention
 from trimpot.runner.fused.classes import put
 from trimpot.runner.fused.documents import with_documents
+from trimpot.runner.fused.exchange import Workers
 from trimpot.runner.fused.layer import PreNormLayer, SandwichLayer
 from trimpot.runner.fused.loss import FusedHead, head_is_plain, with_loss
 from trimpot.runner.fused.mlp import GATES, FusedMLP, gate_op
@@ -44,10 +45,13 @@ Reach = Callable[[nn.Module, Iterable[nn.Parameter]], None]
 """Tells whoever partitions parameters that a module computes with some that are not its own."""
 
 
-def swap_in(model: Any, kernels: Table, reach: Reach | None = None) -> Table:
+def swap_in(
+    model: Any, kernels: Table, reach: Reach | None = None, workers: Workers | None = None
+) -> Table:
     """Put the ops in, in place → `kernels` as it came true: how many modules run each op, or
-    why none does. `reach`: given under ZeRO-3, where parameters are partitioned already."""
-    swap = Swap(model, kernels, partitioned=reach is not None)
+    why none does. `reach`: given under ZeRO-3, where parameters are partitioned already.
+    `workers`: those among whom rows are split."""
+    swap = Swap(model, kernels, reach is not None, workers)
     swap.norms()
     swap.layers()
     swap.documents()
@@ -59,8 +63,8 @@ def swap_in(model: Any, kernels: Table, reach: Reach | None = None) -> Table:
 
 
 class Swap:
-    def __init__(self, model: Any, kernels: Table, partitioned: bool):
-        self.model, self.partitioned = model, partitioned
+    def __init__(self, model: Any, kernels: Table, partitioned: bool, workers: Workers | None):
+        self.model, self.partitioned, self.workers = model, partitioned, workers
         self.backends = {op: choice["backend"] for op, choice in kernels.items()}
         self.done: Counter[str] = Counter()
         self.reasons: dict[str, str] = {}
@@ -131,6 +135,7 @@ class Swap:
             norm=self._head_norm(attention) if rotates and self.on("rope") else None,
             settings=settings,
             backend=self.backends.get("varlen_attention", OFF),
+            workers=self.workers,
         )
         put(attention, FusedAttention, attention=kind)
         self.done["rope"] += rotates
