@@ -240,7 +240,7 @@ class _Progress:
         split = s.get("sequence_parallel_size", 1)
         who = f"{workers} worker{'s' * (workers != 1)}"
         if split > 1:
-            who = f"{workers // split} × {split} workers on a row"
+            who += f", {split} to a row: {workers // split}"
         how = [
             f"{who} × {micro} × {accumulated}"
             f" = {s.get('batch_size', workers * micro * accumulated)} samples a step",

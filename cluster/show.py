@@ -46,9 +46,9 @@ def plan_table(plan: Plan, fleet: Fleet, fill: Fill | None = None) -> Table:
     memory = values["memory"]
     table = Table(title="plan", title_justify="left", show_header=False, box=None, pad_edge=False)
     split = plan.sequence_parallel_size
-    shared = f", {split} to each row" if split > 1 else ""
+    shared = f", {split} to a row" if split > 1 else ""
     table.add_row("workers", f"{plan.world_size} (ZeRO stage {plan.zero_stage}{shared})")
-    each = f"groups of {split} workers" if split > 1 else "workers"
+    each = f"group{'s' * (plan.lanes > 1)} of {split} workers" if split > 1 else "workers"
     table.add_row(
         "batch",
         f"{values['batch_size']} = {plan.lanes} {each} × {plan.micro_batch_size} samples × "
