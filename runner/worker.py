@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from trimpot.kernels.heap import keep_freed_memory
+from trimpot.kernels.heap import give_back_freed_memory, keep_freed_memory
 from trimpot.runner import engine as engines
 from trimpot.runner.adapters.peft_io import save_adapter
 from trimpot.runner.checkpoint import (
@@ -285,6 +285,8 @@ def run_worker(plan_json: str, started: float, handed: float | None = None) -> d
         raise StorageError(
             f"this worker does not see {run}; output_dir must be on storage that all workers share"
         )
+    if plan.config.model.activation_checkpointing and not torch.cuda.is_available():
+        give_back_freed_memory()
     engines.join_workers()
     rank, _ = engines.ranks()
     journal = Journal(run, mend=True) if rank == 0 else None
