@@ -38,21 +38,6 @@ static BackwardSpace backward_space(const Attention& a, float* at) {
     return x;
 }
 
-// rowsum(dO ⊙ O) of a document's rows.
-template <class T>
-void deltas(const Attention& a, const AttentionTask& task, int64_t head, float* out) {
-    for (int64_t t = 0; t < task.length; ++t) {
-        const auto row = [&](const TokenHeads& x) {
-            return static_cast<const typename T::Item*>(x.data) + (task.first + t) * x.token +
-                   head * x.head;
-        };
-        const auto *o = row(a.o_in), *d_o = row(a.d_o);
-        out[t] = fold(a.width, [&](int64_t i, int64_t n, Floats sum) TRIMPOT_INLINE {
-            return fma(load<T>(o + i, n), load<T>(d_o + i, n), sum);
-        });
-    }
-}
-
 // Tiles of Q Kᵀ and dO Vᵀ → P and dS.
 template <bool kCap>
 void gradient_tile(const Attention& a, const Sight& see, const float* tile, const float* lse,
@@ -128,18 +113,6 @@ static void backward_keys(const Attention& a, const BackwardSpace& x, int64_t be
     }
 }
 
-// slot (+)= rows of a block times factor.
-static void keep(const Attention& a, const float* rows, int64_t count, float factor, bool add,
-                 float* slot) {
-    for (int64_t r = 0; r < count; ++r) {
-        float* to = slot + r * a.width;
-        sweep(a.width, [&](int64_t i, int64_t n) TRIMPOT_INLINE {
-            const Floats value = load<Float>(rows + r * padded(a) + i, n) * factor;
-            store<Float>(to + i, add ? load<Float>(to + i, n) + value : value, n);
-        });
-    }
-}
-
 template <class T, bool kCap>
 void backward_head(const Attention& a, const AttentionTask& task, int64_t head, int64_t slot,
                    bool add, const BackwardSpace& x) {
@@ -176,38 +149,5 @@ void backward_head(const Attention& a, const AttentionTask& task, int64_t head, 
     }
     for (int64_t t = 0; t < n; ++t) {
         write<T>(a, x.dq + t * stride, a.scale, a.dq, (task.first + t) * a.heads + head);
-    }
-}
-
-// The heads of a group in turn, or one of them: in both cases each head's sum over the queries is
-// whole before it is added to the others', so that the bits are the same.
-template <class T, bool kCap>
-void backward_task(const Attention& a, const AttentionTask& task, const BackwardSpace& x) {
-    if (a.slots == a.heads) {
-        return backward_head<T, kCap>(a, task, task.head, task.head, false, x);
-    }
-    const int64_t group = a.heads / a.kv_heads;
-    for (int64_t h = 0; h < group; ++h) {
-        backward_head<T, kCap>(a, task, task.head * group + h, task.head, h > 0, x);
-    }
-}
-
-// dk and dv of a task's document and head of keys, from the slots.
-template <class T>
-void finish(const Attention& a, const AttentionTask& task) {
-    const int64_t group = a.slots / a.kv_heads, slot = a.tokens * a.width;
-    const int64_t kv = a.slots == a.heads ? task.head / group : task.head;
-    if (task.head % group && a.slots == a.heads) return;
-    for (int64_t t = task.first; t < task.first + task.length; ++t) {
-        for (int which = 0; which < 2; ++which) {
-            const float* from = a.sums + (which * a.slots + kv * group) * slot + t * a.width;
-            auto* to = static_cast<typename T::Item*>(which ? a.dv : a.dk) +
-                       (t * a.kv_heads + kv) * a.width;
-            sweep(a.width, [&](int64_t i, int64_t n) TRIMPOT_INLINE {
-                Floats sum = load<Float>(from + i, n);
-                for (int64_t s = 1; s < group; ++s) sum += load<Float>(from + s * slot + i, n);
-                store<T>(to + i, sum, n);
-            });
-        }
     }
 }

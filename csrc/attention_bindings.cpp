@@ -17,10 +17,16 @@
 #include "bindings.h"
 #include "gemm.h"
 #include "isa.h"
+#include "split.h"
 
 namespace py = pybind11;
 
 namespace trimpot {
+#ifdef TRIMPOT_AMX
+namespace amx {
+extern const AttentionTable attention;
+}
+#endif
 namespace {
 
 using Address = std::uintptr_t;
@@ -40,6 +46,15 @@ T* at(Address address) {
 TokenHeads heads_of(const Tokens& x) {
     const auto& [data, token, head] = x;
     return {at<const void>(data), token, head};
+}
+
+// Products in pairs of bfloat16 on tiles, or in float32.
+const AttentionTable& table_of(bool tiles) {
+    if (!tiles) return attention_table();
+#ifdef TRIMPOT_AMX
+    if (split_table()) return amx::attention;
+#endif
+    throw py::value_error("this processor has no tiles of bfloat16");
 }
 
 struct Free {
@@ -94,20 +109,30 @@ void share_out(Attention* call, std::vector<AttentionTask>* tasks) {
 }
 
 // Queries of a task for each head of its group: enough that packing their keys is 3 % of the work,
-// few enough that the rows of a whole group stay in the L2 cache.
-Int task_rows(const Attention& call) {
-    constexpr Int kRows = 448, kMost = 224, kLeast = 28;
-    const Int each = kRows / (call.heads / call.kv_heads) / kTileRows * kTileRows;
-    return std::clamp(each, kLeast, kMost);
+// few enough that the rows of a whole group stay in the L2 cache. Tiles are done with a key sooner;
+// no bit depends on how many they take at a time.
+Int task_rows(const Attention& call, bool tiles, Int longest) {
+    const Int group = call.heads / call.kv_heads;
+    if (!tiles) {
+        return std::clamp<Int>(448 / group / kTileRows * kTileRows, 2 * kTileRows, 16 * kTileRows);
+    }
+    Int rows = std::clamp<Int>(2048 / group / 32 * 32, 32, 1024);
+    while (rows > 64 && longest / rows * call.kv_heads < 4 * omp_get_max_threads()) rows -= 32;
+    return rows;
 }
 
-void forward(int type, const Sizes& sizes, const Cuts& cuts, float scale, Int window, float softcap,
-             const Tokens& q, const Tokens& k, const Tokens& v, Address o, Address lse) {
+void forward(bool tiles, int type, const Sizes& sizes, const Cuts& cuts, float scale, Int window,
+             float softcap, const Tokens& q, const Tokens& k, const Tokens& v, Address o,
+             Address lse) {
     Attention call = call_of(type, sizes, cuts, scale, window, softcap, q, k, v);
     call.o = at<void>(o);
     call.lse = at<float>(lse);
+    const AttentionTable& table = table_of(tiles);
     py::gil_scoped_release released;
-    const Int rows = task_rows(call);
+    Int longest = 0;
+    for (std::size_t d = 1; d < cuts.size(); ++d)
+        longest = std::max(longest, cuts[d] - cuts[d - 1]);
+    const Int rows = task_rows(call, tiles, longest);
     std::vector<AttentionTask> tasks;
     for (std::size_t d = 1; d < cuts.size(); ++d) {
         const Int first = cuts[d - 1], length = cuts[d] - first;
@@ -119,12 +144,12 @@ void forward(int type, const Sizes& sizes, const Cuts& cuts, float scale, Int wi
     }
     call.longest = rows;
     share_out(&call, &tasks);
-    const Memory scratch = floats(attention_table().scratch_floats(call, false) * call.threads);
+    const Memory scratch = floats(table.scratch_floats(call, false) * call.threads);
     call.scratch = scratch.get();
-    attention_table().forward(call);
+    table.forward(call);
 }
 
-void backward(int type, const Sizes& sizes, const Cuts& cuts, float scale, Int window,
+void backward(bool tiles, int type, const Sizes& sizes, const Cuts& cuts, float scale, Int window,
               float softcap, const Tokens& q, const Tokens& k, const Tokens& v, const Tokens& o,
               const Tokens& d_o, Address lse, Address dq, Address dk, Address dv) {
     Attention call = call_of(type, sizes, cuts, scale, window, softcap, q, k, v);
@@ -134,6 +159,7 @@ void backward(int type, const Sizes& sizes, const Cuts& cuts, float scale, Int w
     call.dq = at<void>(dq);
     call.dk = at<void>(dk);
     call.dv = at<void>(dv);
+    const AttentionTable& table = table_of(tiles);
     py::gil_scoped_release released;
     // A head of keys at a time needs least memory; where that leaves threads idle, a slot and a
     // task for each head of queries.
@@ -149,11 +175,11 @@ void backward(int type, const Sizes& sizes, const Cuts& cuts, float scale, Int w
         }
     }
     share_out(&call, &tasks);
-    const Memory scratch = floats(attention_table().scratch_floats(call, true) * call.threads);
+    const Memory scratch = floats(table.scratch_floats(call, true) * call.threads);
     const Memory sums = floats(2 * call.slots * call.tokens * call.width);
     call.scratch = scratch.get();
     call.sums = sums.get();
-    attention_table().backward(call);
+    table.backward(call);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ namespace {
 
 // Rises with every change of a signature, together with INTERFACE in kernels/native.py: an
 // extension left over from another checkout is then refused by name instead of failing oddly.
-constexpr int kInterface = 7;
+constexpr int kInterface = 8;
 
 template <typename T>
 struct Vector {

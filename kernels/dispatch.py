@@ -84,7 +84,15 @@ WIDEST_HEAD = 256
 def _cpp_attention(facts: Facts) -> Answer:
     if (width := facts.get("head_dim", 1)) > WIDEST_HEAD:
         return Answer(False, f"heads are {width} wide, over {WIDEST_HEAD}")
-    return _cpp(facts)
+    if not (answer := _cpp(facts)).runs:
+        return answer
+    tiles = native.extension().gemm_fast_split()
+    gemm, dtype = facts.get("gemm", AUTO), facts.get("dtype")
+    if gemm == "bf16x3":
+        return _cpp_gemm(facts)
+    low = tiles and gemm != FP32 and dtype != "float32"
+    kind = "bf16 with fp32 sums under precision bf16, else fp32" if dtype is None else "bf16x3"
+    return Answer(True, f"{answer.why}; {kind if low else FP32}")
 
 
 ERRORS = {"fp32": "3e-7", "bf16x3": "4e-6", "int16": "1.5e-4", "bf16": "2.9e-3", "int8": "1e-2"}
@@ -207,8 +215,10 @@ def _forced(op: str, wanted: str, facts: Facts) -> Choice:
 
 def _variant(op: str, backend: Backend, facts: Facts) -> str:
     gemm = facts.get("gemm", AUTO)
-    if backend.name != "cpp" or gemm == AUTO or OPS[op] is not _GEMM:
+    if backend.name != "cpp" or gemm == AUTO or OPS[op] not in (_GEMM, _ATTENTION):
         return backend.name
+    if OPS[op] is _ATTENTION and gemm in ("int16", "int8"):
+        return backend.name  # those are of products with frozen weights
     return f"cpp:{gemm}"
 
 

@@ -13,7 +13,7 @@ from trimpot.runner import hub
 from trimpot.runner.adapters.lora import add_lora
 from trimpot.runner.engine import reach, sequence_workers
 from trimpot.runner.errors import ConfigError, PlanError
-from trimpot.runner.fused.swap import Table, swap_in
+from trimpot.runner.fused.swap import Table, remake_products, swap_in
 from trimpot.runner.types import Plan
 
 
@@ -41,7 +41,9 @@ def build_model(plan: Plan, deepspeed: dict[str, Any] | None) -> nn.Module:
             f"{type(model).__name__} has none ({kernels_of(model)['varlen_attention']['why']}); "
             "set fleet.sequence_parallel_size=1"
         )
-    if config.model.activation_checkpointing:
+    if config.model.activation_checkpointing == "selective":
+        remake_products(model)
+    elif config.model.activation_checkpointing:
         hub.recompute_layers(model)
     return model
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn import functional
 
 from trimpot.kernels import native
 from trimpot.runner.adapters.lora import add_lora, lora_layers
 from trimpot.runner.config import AdapterSection
 from trimpot.runner.fused.swap import NOUNS, Table
+from trimpot.runner.tasks.causal_lm import token_loss_sum
 
 COMMON: dict[str, Any] = {
     "vocab_size": 211,
@@ -96,3 +98,26 @@ def assert_two_fold(found: Any, plain: Any, exact: Any) -> None:
 def wide(model: Any) -> Any:
     """The model in float64."""
     return copy.deepcopy(model).double()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Two rows of 17 tokens, the second one padded on the right; some labels are not trained."""
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, COMMON["vocab_size"], (2, 17), generator=draw)
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :4] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def plain_loss(model: Any) -> torch.Tensor:
+    """transformers' logits, torch's cross-entropy."""
+    given = batch()
+    labels = given.pop("labels")[:, 1:]
+    logits = model(**given).logits[:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+def our_loss(model: Any) -> torch.Tensor:
+    return token_loss_sum(model, batch())

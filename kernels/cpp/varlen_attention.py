@@ -1,67 +1,99 @@
-"""Attention over packed documents in C++ (csrc/attention.cpp); definition in
-ops/varlen_attention.py.
+"""Attention over packed documents in C++; definition in ops/varlen_attention.py.
 
-Blocks of scores are made, used and forgotten: there is no mask and nothing of size T². Results are
-the same bits on any number of threads, whatever the other documents hold.
+Products are in fp32 (csrc/attention.cpp), or in pairs of bfloat16 on AMX tiles (bf16x3,
+csrc/attention_amx.cpp). Blocks of scores are made, used and forgotten: there is no mask and nothing
+of size T². Results are the same bits on any number of threads, whatever the other documents hold.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from trimpot.kernels import native
 from trimpot.kernels.cpp.tensors import check
 from trimpot.kernels.dispatch import WIDEST_HEAD
-from trimpot.kernels.errors import KernelError
+from trimpot.kernels.errors import BackendError, KernelError
 from trimpot.kernels.ops.varlen_attention import boundaries
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    kind, cuts = _checked(cu_seqlens, q, k, v)
-    o = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[1], q.shape[0])
-    o[cuts[-1] :] = 0
-    lse[:, cuts[-1] :] = 0
-    sides, kept = _tokens(q, k, v)
-    settings = (kind, _sizes(q, k), cuts, scale, window, softcap)
-    native.extension().attention_forward(*settings, *sides, o.data_ptr(), lse.data_ptr())
-    del kept
-    return o, lse
+@dataclass(frozen=True)
+class VarlenAttention:
+    """`arithmetic` of the products: fp32 | bf16x3, or auto for bf16x3 of 16-bit tensors where
+    there are tiles, else fp32."""
+
+    arithmetic: str = "auto"
+
+    def _tiles(self, dtype: torch.dtype) -> bool:
+        there = native.extension().gemm_fast_split()
+        if self.arithmetic not in ("auto", "fp32", "bf16x3"):
+            raise BackendError(
+                f"varlen_attention: its arithmetic is {self.arithmetic!r}; auto, fp32 or bf16x3 is "
+                "wanted"
+            )
+        if self.arithmetic == "bf16x3" and not there:
+            raise BackendError(
+                "varlen_attention: bf16x3 wants AMX tiles of bfloat16; this processor has none: "
+                "take fp32 or auto"
+            )
+        return self.arithmetic == "bf16x3" or (
+            self.arithmetic == "auto" and there and dtype != torch.float32
+        )
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        kind, cuts = _checked(cu_seqlens, q, k, v)
+        o = torch.empty(q.shape, dtype=q.dtype)
+        lse = torch.empty(q.shape[1], q.shape[0])
+        o[cuts[-1] :] = 0
+        lse[:, cuts[-1] :] = 0
+        sides, kept = _tokens(q, k, v)
+        settings = (self._tiles(q.dtype), kind, _sizes(q, k), cuts, scale, window, softcap)
+        native.extension().attention_forward(*settings, *sides, o.data_ptr(), lse.data_ptr())
+        del kept
+        return o, lse
+
+    def backward(
+        self,
+        do: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        lse: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        kind, cuts = _checked(cu_seqlens, q, k, v, o, do)
+        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+        for grad in grads:
+            grad[cuts[-1] :] = 0
+        sides, kept = _tokens(q, k, v, o, do)
+        lse = lse.contiguous()
+        settings = (self._tiles(q.dtype), kind, _sizes(q, k), cuts, scale, window, softcap)
+        native.extension().attention_backward(
+            *settings, *sides, lse.data_ptr(), *(grad.data_ptr() for grad in grads)
+        )
+        del kept
+        dq, dk, dv = grads
+        return dq, dk, dv
 
 
-def backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    kind, cuts = _checked(cu_seqlens, q, k, v, o, do)
-    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
-    for grad in grads:
-        grad[cuts[-1] :] = 0
-    sides, kept = _tokens(q, k, v, o, do)
-    lse = lse.contiguous()
-    settings = (kind, _sizes(q, k), cuts, scale, window, softcap)
-    native.extension().attention_backward(
-        *settings, *sides, lse.data_ptr(), *(grad.data_ptr() for grad in grads)
-    )
-    del kept
-    dq, dk, dv = grads
-    return dq, dk, dv
+variant = VarlenAttention
+"""`variant("bf16x3")`: the same functions with that arithmetic."""
+_default = VarlenAttention()
+forward, backward = _default.forward, _default.backward
 
 
 def _checked(cu_seqlens: torch.Tensor, q: torch.Tensor, *others: torch.Tensor):

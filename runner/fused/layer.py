@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from trimpot.runner.fused.remake import Remaking, pays
+
 
 class Parts(nn.Module if TYPE_CHECKING else object):
     input_layernorm: Any
@@ -15,12 +17,22 @@ class Parts(nn.Module if TYPE_CHECKING else object):
     pre_feedforward_layernorm: Any
     post_feedforward_layernorm: Any
     mlp: Any
+    remakes_products: bool
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if not pays(self):
+            return self.blocks(hidden_states, **kwargs)
+        with Remaking(self.remakes_products):
+            return self.blocks(hidden_states, **kwargs)
+
+    def blocks(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        raise NotImplementedError
 
 
 class PreNormLayer(Parts):
     """Llama's: a norm before attention and one before the feed-forward layer."""
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def blocks(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         # By position: DeepSpeed sees only such inputs, and gives parameters back by them.
         output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         normed, residual = self.post_attention_layernorm(output, hidden_states)
@@ -30,7 +42,7 @@ class PreNormLayer(Parts):
 class SandwichLayer(Parts):
     """Gemma 2's and 3's: norms before and after both."""
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def blocks(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         output = self.post_attention_layernorm(output)
         normed, residual = self.pre_feedforward_layernorm(output, hidden_states)

@@ -11,6 +11,7 @@ from torch import nn
 from trimpot.kernels.ops.geglu import geglu
 from trimpot.kernels.ops.swiglu import swiglu
 from trimpot.runner.adapters.lora import project
+from trimpot.runner.fused.remake import produced, remember
 
 GATES: dict[str, Callable[..., torch.Tensor]] = {"swiglu": swiglu, "geglu": geglu}
 OFF = "off"
@@ -27,10 +28,16 @@ class FusedMLP(nn.Module if TYPE_CHECKING else object):
     act_fn: Any
 
     def forward(self, x_BTH: torch.Tensor) -> torch.Tensor:
-        gate_BTI, up_BTI = project([self.gate_proj, self.up_proj], x_BTH)
+        layers = [self.gate_proj, self.up_proj]
+        (gate_BTI, up_BTI), again = produced(lambda x: project(layers, x), x_BTH)
+        gated_BTI = self._gated(gate_BTI, up_BTI)
+        remember(gated_BTI, lambda: self._gated(*(make() for make in again)))
+        return self.down_proj(gated_BTI)
+
+    def _gated(self, gate_BTI: torch.Tensor, up_BTI: torch.Tensor) -> torch.Tensor:
         if self.gate_backend == OFF:
-            return self.down_proj(self.act_fn(gate_BTI) * up_BTI)
-        return self.down_proj(GATES[self.gate_op](gate_BTI, up_BTI, self.gate_backend))
+            return self.act_fn(gate_BTI) * up_BTI
+        return GATES[self.gate_op](gate_BTI, up_BTI, self.gate_backend)
 
 
 @torch.no_grad()

@@ -16,11 +16,12 @@ from torch import nn
 
 from trimpot.runner import hub
 from trimpot.runner.adapters.lora import LoraLinear, lora_layers
+from trimpot.runner.errors import ConfigError
 from trimpot.runner.fused.attention import AttentionKind, FusedAttention
 from trimpot.runner.fused.classes import put
 from trimpot.runner.fused.documents import with_documents
 from trimpot.runner.fused.exchange import Workers
-from trimpot.runner.fused.layer import PreNormLayer, SandwichLayer
+from trimpot.runner.fused.layer import Parts, PreNormLayer, SandwichLayer
 from trimpot.runner.fused.loss import FusedHead, head_is_plain, with_loss
 from trimpot.runner.fused.mlp import GATES, FusedMLP, gate_op
 from trimpot.runner.fused.norm import FusedNorm, norm_kind
@@ -60,6 +61,19 @@ def swap_in(
     if reach is not None:
         _declare(model, reach)
     return {op: swap.row(op, choice) for op, choice in kernels.items()}
+
+
+def remake_products(model: nn.Module) -> None:
+    """Selective activation checkpointing, in place. Raises ConfigError where no layer is ours."""
+    layers = [module for module in model.modules() if isinstance(module, Parts)]
+    if not layers:
+        raise ConfigError(
+            "model.activation_checkpointing is selective, and no layer of "
+            f"{type(model).__name__} runs on the kernels add_rms_norm and "
+            f"{' or '.join(GATES)}; take true"
+        )
+    for layer in layers:
+        layer.remakes_products = True
 
 
 class Swap:
@@ -104,7 +118,8 @@ class Swap:
     def _layer(self, layer: nn.Module, family: str | None) -> None:
         norms = [part for name, part in layer.named_children() if name.endswith("layernorm")]
         if norms and all(isinstance(norm, FusedNorm) for norm in norms):
-            put(layer, SandwichLayer if family in SANDWICHED else PreNormLayer)
+            kind = SandwichLayer if family in SANDWICHED else PreNormLayer
+            put(layer, kind, remakes_products=False)
 
     def _mlp(self, mlp: Any) -> None:
         op = gate_op(mlp.act_fn)

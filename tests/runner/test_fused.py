@@ -17,42 +17,19 @@ from families import (
     COMMON,
     assert_two_fold,
     build,
+    our_loss,
     outcome,
+    plain_loss,
     table,
     wide,
     with_lora,
 )
 from torch import nn
-from torch.nn import functional
 
 from trimpot.runner import hub
 from trimpot.runner.adapters.lora import LoraLinear, add_lora, lora_layers
 from trimpot.runner.fused.norm import norm_kind
 from trimpot.runner.fused.swap import FAMILIES, NOUNS, swap_in
-from trimpot.runner.tasks.causal_lm import token_loss_sum
-
-
-def batch() -> dict[str, torch.Tensor]:
-    """Two rows of 17 tokens, the second one padded on the right; some labels are not trained."""
-    draw = torch.Generator().manual_seed(5)
-    ids = torch.randint(3, COMMON["vocab_size"], (2, 17), generator=draw)
-    mask = torch.ones_like(ids)
-    mask[1, 12:] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[0, :4] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def plain_loss(model: Any) -> torch.Tensor:
-    """transformers' logits, torch's cross-entropy."""
-    given = batch()
-    labels = given.pop("labels")[:, 1:]
-    logits = model(**given).logits[:, :-1]
-    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-
-
-def our_loss(model: Any) -> torch.Tensor:
-    return token_loss_sum(model, batch())
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

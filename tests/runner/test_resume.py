@@ -23,6 +23,11 @@ VARIANTS = {
         "adapter": {"lora_dropout": 0.1},
         "model": {"activation_checkpointing": True},
     },
+    "fp32-zero2-selective": {
+        "fleet": {"zero_stage": 2},
+        "adapter": {"lora_dropout": 0.1},
+        "model": {"activation_checkpointing": "selective"},
+    },
     "bf16-zero0": {"precision": "bf16", "fleet": {"zero_stage": 0}},
     "bf16-zero2-decay": {
         "precision": "bf16",

@@ -161,6 +161,38 @@ def test_attention_of_any_heads_is_that_of_the_whole_row() -> None:
     torchrun(4, HERE / "exchanges.py")
 
 
+def long_row(model: Path, folder: Path, workers: int) -> Plan:
+    """A step over one row of 16,303 tokens, most of them in a document of 14,000 words, of a model
+    that takes so many."""
+    if not (long := folder / "model").exists():
+        shutil.copytree(model, long)
+        settings = json.loads((long / "config.json").read_text())
+        settings["max_position_embeddings"] = 16384
+        (long / "config.json").write_text(json.dumps(settings))
+    words = ["value", "list", "the"] * 5000
+    rows = [{"text": " ".join(words[:count])} for count in (14000, 2300)]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"optim": {"batch_size": 1, "max_steps": 1, "warmup_steps": 0}}
+    values["fleet"] = {"workers": workers, "sequence_parallel_size": workers}
+    values["data"] = {"max_length": 16384, "packing": True, "eval_fraction": 0}
+    return prepared(config(long, data, folder / f"run-{workers}", **values))
+
+
+@pytest.mark.slow
+def test_a_long_row_takes_less_memory_of_each_of_two_workers(model: Path, tmp_path: Path) -> None:
+    seen, plans = [], [long_row(model, tmp_path, workers) for workers in (1, 2)]
+    for plan in plans:
+        torchrun(plan.world_size, "-m", "trimpot.runner.worker", f"{plan.run_dir}/plan.json")
+        lines = Path(plan.run_dir, "journal.jsonl").read_text().splitlines()
+        seen += [event for event in map(json.loads, lines) if event["kind"] == "step"]
+    alone, shared = seen
+    assert shared["tokens"] == alone["tokens"] > 16_000
+    assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert plans[0].memory is not None
+    assert alone["memory_bytes"] - shared["memory_bytes"] > 0.2 * plans[0].memory.activations
+
+
 @pytest.mark.slow
 def test_a_model_whose_attention_stays_is_refused(model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model, tmp_path / "model")

@@ -1,0 +1,128 @@
+"""Activations that are made again in backward: the same bits, and less memory, as the C library
+counts it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import ADAPTER, batch, build, our_loss, outcome, table
+
+from trimpot.runner.adapters.lora import add_lora
+from trimpot.runner.errors import ConfigError
+from trimpot.runner.fused import layer as layers
+from trimpot.runner.fused.swap import FAMILIES, remake_products, swap_in
+from trimpot.runner.tasks.causal_lm import token_loss_sum
+
+TOKENS, HIDDEN, INNER = 512, 96, 256
+ITEM = 4
+
+
+def model_of(family: str, method: str, dropout: float = 0.0, **changes: Any) -> Any:
+    model = build(family, **changes)
+    if method == "lora":
+        add_lora(model, ADAPTER.model_copy(update={"lora_dropout": dropout}), seed=0)
+    swap_in(model, table("torch"))
+    return model
+
+
+def seeded(model: Any) -> list[torch.Tensor]:
+    torch.manual_seed(3)  # of dropout's masks
+    return [tensor.clone() for tensor in outcome(model, our_loss)]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_bit_changes(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing remade, what is cheap, and gate and up too."""
+    model = model_of(family, method, dropout=0.3)
+    sparing = seeded(model)
+    remake_products(model)
+    selective = seeded(model)
+    monkeypatch.setattr(layers, "pays", lambda _: False)
+    kept = seeded(model)
+    for a, b, c in zip(kept, sparing, selective, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+class Heap(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+def in_use() -> int:
+    """Bytes that are allocated now."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Heap
+    gc.collect()
+    heap = mallinfo2()
+    return heap.uordblks + heap.hblkhd
+
+
+def held(model: Any) -> float:
+    """Bytes that autograd holds after forward, in floats a token and layer."""
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 200, (1, TOKENS), generator=draw)
+    loss, before = None, 0
+    for _ in range(2):  # what is allocated once for all is there the second time
+        del loss
+        before = in_use()
+        loss = token_loss_sum(model, {"input_ids": ids, "labels": ids})
+    assert loss is not None and loss.requires_grad
+    found = in_use() - before
+    return found / (ITEM * TOKENS * model.config.num_hidden_layers)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallinfo2 is glibc's")
+def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm's two outputs and the gated product are not held; selective: nor are gate and up."""
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 12,
+        "max_position_embeddings": TOKENS,
+    }
+    model = model_of("llama", "lora", **sizes)
+    sparing = held(model)
+    remake_products(model)
+    selective = held(model)
+    monkeypatch.setattr(layers, "pays", lambda _: False)
+    kept = held(model)
+    # 2 % of what there is goes to blocks' heads and the graph.
+    slack = 0.02 * kept
+    assert kept - sparing == pytest.approx(2 * HIDDEN + INNER, abs=slack)
+    assert sparing - selective == pytest.approx(2 * INNER, abs=slack)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [torch.no_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16)],
+    ids=["no_grad", "autocast"],
+)
+def test_left_out_where_it_can_not_be(inside: Callable[[], Any]) -> None:
+    model = model_of("llama", "lora")
+    assert layers.pays(model.base_model.layers[0])
+    with inside():
+        assert not layers.pays(model.base_model.layers[0])
+        assert torch.isfinite(token_loss_sum(model, batch()))
+
+
+def test_whole_layers_are_made_again_as_before() -> None:
+    """Recomputation of a layer, which lets go of its inside, is not held back by ours."""
+    model = model_of("llama", "lora")
+    plain = seeded(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert not layers.pays(model.base_model.layers[0])
+    for a, b in zip(seeded(model), plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_selective_is_refused_where_no_layer_is_ours() -> None:
+    model = build("llama")
+    with pytest.raises(ConfigError, match=r"selective, and no layer of Llama.* take true"):
+        remake_products(model)
