@@ -285,7 +285,8 @@ def run_worker(plan_json: str, started: float, handed: float | None = None) -> d
         raise StorageError(
             f"this worker does not see {run}; output_dir must be on storage that all workers share"
         )
-    if plan.config.model.activation_checkpointing and not torch.cuda.is_available():
+    # Who has whole layers recomputed gives time for memory.
+    if plan.config.model.activation_checkpointing is True and not torch.cuda.is_available():
         give_back_freed_memory()
     engines.join_workers()
     rank, _ = engines.ranks()
