@@ -83,7 +83,7 @@ def plan(
 ) -> None:
     """Show how a run would be arranged and how much memory it needs, without starting it."""
     from trimpot.cluster.fleet import local_fleet
-    from trimpot.cluster.prepare import check_inputs, draft_plan
+    from trimpot.cluster.prepare import check_inputs, compiled_fill, draft_plan
     from trimpot.cluster.show import plan_table, plan_values
     from trimpot.runner.run_yaml import load_config
 
@@ -91,10 +91,11 @@ def plan(
     check_inputs(checked)
     fleet = local_fleet(checked)
     drafted = draft_plan(checked, fleet)
+    fill = compiled_fill(drafted)
     if as_json:
-        _emit(plan_values(drafted, fleet))
+        _emit(plan_values(drafted, fleet, fill))
     else:
-        _print(plan_table(drafted, fleet))
+        _print(plan_table(drafted, fleet, fill))
 
 
 @app.command()

@@ -28,6 +28,8 @@ from trimpot.cluster.journal import (
     duration,
     history,
     number,
+    packing,
+    percentage,
     run_name,
     scientific,
     size,
@@ -235,15 +237,24 @@ class _Progress:
             s.get(key, 1)
             for key in ("world_size", "micro_batch_size", "gradient_accumulation_steps")
         )
+        split = s.get("sequence_parallel_size", 1)
+        who = f"{workers} worker{'s' * (workers != 1)}"
+        if split > 1:
+            who += f", {split} to a row: {workers // split}"
         how = [
-            f"{workers} worker{'s' * (workers != 1)} × {micro} × {accumulated}"
+            f"{who} × {micro} × {accumulated}"
             f" = {s.get('batch_size', workers * micro * accumulated)} samples a step",
             f"ZeRO {s.get('zero_stage', 0)}",
             str(s.get("precision", "")),
         ]
         if s.get("resumed_from") is not None:
             how.append(f"resumed from step {s['resumed_from']}")
-        return [clean(" · ".join(part for part in parts if part)) for parts in (what, how)]
+        lines = [what, how]
+        if fill := s.get("fill"):
+            packed = ((s.get("config") or {}).get("data") or {}).get("packing")
+            lines.append([packing(fill)] if packed else [])
+            lines[-1].append(f"{percentage(fill['computed_share'])} of computed tokens are real")
+        return [clean(" · ".join(part for part in parts if part)) for parts in lines]
 
     def step_line(self, now: float) -> str:
         step = self.step or {}
@@ -301,8 +312,9 @@ def _panel(run: _Progress, now: float, width: int) -> RenderableType:
     if not run.start:
         phases = ", ".join(f"{clean(p['name'])} {duration(p['seconds'])}" for p in run.phases)
         return _line(f"starting: {phases or '…'}")
-    name, how = run.headings()
-    parts: list[RenderableType] = [_line(name, "bold"), _line(how, "dim"), _bar(run, now)]
+    name, *rest = run.headings()
+    parts: list[RenderableType] = [_line(name, "bold"), *(_line(text, "dim") for text in rest)]
+    parts.append(_bar(run, now))
     if run.step is None:
         phases = ", ".join(f"{clean(p['name'])} {duration(p['seconds'])}" for p in run.phases)
         parts.append(_line(f"starting: {phases or '…'}", "dim"))

@@ -63,7 +63,8 @@ def _host_memory() -> int:
 
 def _fleet(config: Config, gpus: int, cpus: int, memory: int) -> Fleet:
     said = config.fleet
-    per_node = 1 if said.workers == "auto" else max(1, -(-said.workers // said.nodes))
+    workers = said.sequence_parallel_size if said.workers == "auto" else said.workers
+    per_node = max(1, -(-workers // said.nodes))
     if said.gpu is not None:
         gpus = max(gpus, per_node)
         memory = said.memory_per_worker or _gpu_memory(said.gpu)

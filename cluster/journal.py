@@ -367,6 +367,24 @@ def size(n_bytes: float | None) -> str:
     return f"{n_bytes:.0f} bytes"
 
 
+def percentage(part: float) -> str:
+    """Rounded down, so that 100 % is all of it."""
+    return "100 %" if part >= 1 else f"{math.floor(1000 * part) / 10:.1f} %"
+
+
+def packing(fill: dict[str, Any]) -> str:
+    """What became of a run's samples, packed: how many rows, how full, and the least there can be.
+
+    `fill`: as in the `start` event.
+    """
+    rows, least = fill["rows"], fill["least_rows"]
+    best = "the fewest there can be" if rows == least else f"at least {least:,} are needed"
+    return (
+        f"{fill['documents']:,} samples in {rows:,} rows of {fill['row_tokens']:,} tokens, "
+        f"{percentage(fill['row_share'])} full ({best})"
+    )
+
+
 def change(before: float | None, after: float | None) -> str:
     """'31.0 % lower'; empty where there is nothing to compare."""
     if not before or after is None or not (math.isfinite(before) and math.isfinite(after)):

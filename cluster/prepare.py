@@ -16,12 +16,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from trimpot.runner.config import Config
-from trimpot.runner.data.compile import Compiled, compile_splits
+from trimpot.runner.data.compile import Compiled, compile_splits, load_splits
 from trimpot.runner.data.cursor import steps_in
+from trimpot.runner.data.fill import Fill, fill_of
 from trimpot.runner.data.sources import check_source
 from trimpot.runner.errors import CheckpointError, ModelError, PlanError, StorageError
 from trimpot.runner.hub import Tokenizer, fetch_model, model_facts
 from trimpot.runner.plan.facts import read_facts
+from trimpot.runner.plan.kernels import ATTENTION
 from trimpot.runner.plan.plan import make_plan, plan_to_json
 from trimpot.runner.types import Fleet, Plan, decides_numbers
 
@@ -57,6 +59,21 @@ def draft_plan(config: Config, fleet: Fleet) -> Plan:
     """The plan as far as it is known without reading the data."""
     facts = model_facts(config.model.path, config.model.revision)
     return make_plan(config, fleet, facts, run_dir=str(Path(config.output_dir).resolve()))
+
+
+def compiled_fill(plan: Plan) -> Fill | None:
+    """How full rows and micro-batches are, where an earlier `train` has compiled this data."""
+    run = Path(plan.run_dir)
+    try:
+        before = json.loads((run / "plan.json").read_text(encoding="utf-8"))["config"]
+        before = Config.model_validate(before)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    config = plan.config
+    same = [(c.data, c.seed, c.model.path) for c in (before, config)]
+    if same[0] != same[1] or (splits := load_splits(run / "data")) is None:
+        return None
+    return fill_of(plan, splits[0], plan.kernels[ATTENTION]["backend"] != "off")
 
 
 def prepare_run(config: Config, fleet: Fleet, fresh: bool) -> Prepared:

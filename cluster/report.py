@@ -20,6 +20,8 @@ from trimpot.cluster.journal import (
     duration,
     history,
     number,
+    packing,
+    percentage,
     read,
     size,
 )
@@ -223,8 +225,9 @@ def _arrangement(run: Run) -> list[tuple[str, str]]:
     workers, micro, accumulated = (
         s.get(key) for key in ("world_size", "micro_batch_size", "gradient_accumulation_steps")
     )
+    split = s.get("sequence_parallel_size", 1)
     rows = [
-        ("Workers", number(workers, 0)),
+        ("Workers", number(workers, 0) + (f", {split} to a row" if split > 1 else "")),
         ("Micro-batch", f"{number(micro, 0)} samples"),
         ("Accumulation", f"{number(accumulated, 0)} micro-batches"),
         ("Batch", f"{number(s.get('batch_size'), 0)} samples a step"),
@@ -240,6 +243,10 @@ def _arrangement(run: Run) -> list[tuple[str, str]]:
         ("Held-out samples", number(s.get("eval_samples"), 0)),
         ("Tokens an epoch", number(s.get("tokens_per_epoch"), 0)),
     ]
+    if fill := s.get("fill"):
+        if ((s.get("config") or {}).get("data") or {}).get("packing"):
+            rows.append(("Packed", packing(fill)))
+        rows.append(("Real tokens of those computed", percentage(fill["computed_share"])))
     predicted, measured = s.get("memory_predicted_bytes"), run.memory_bytes
     rows.append(("Memory predicted", size(predicted)))
     off = f" ({change(predicted, measured)})" if change(predicted, measured) else ""

@@ -189,6 +189,9 @@ class FleetSection(Section):
     """DeepSpeed ZeRO; auto takes the lowest stage whose predicted memory fits."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory."""
+    sequence_parallel_size: Positive = 1
+    """Workers that share each row of tokens, for rows too long for one (Jacobs et al. 2023,
+    "DeepSpeed Ulysses"). Divides workers and the model's attention heads."""
     start_timeout_s: Annotated[float, Field(ge=0)] = 120
     """How long a cluster may take to have room for the workers: nodes join, or are started."""
     network_interface: Name | None = None

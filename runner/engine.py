@@ -8,6 +8,7 @@ and tied to the world size.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from trimpot.runner.fused.exchange import Workers
 from trimpot.runner.optimizer import AdamW
 from trimpot.runner.types import Plan
 
@@ -34,7 +36,8 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-        "train_batch_size": optim.batch_size,
+        # DeepSpeed knows of no workers that share a row: it counts each one's share as whole.
+        "train_batch_size": optim.batch_size * plan.sequence_parallel_size,
         "gradient_clipping": optim.max_grad_norm or 0.0,
         "zero_optimization": plan.zero,
         "bf16": {"enabled": plan.config.precision == "bf16"},
@@ -271,6 +274,17 @@ def memory_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@functools.cache
+def sequence_workers(size: int) -> Workers | None:
+    """Who shares each row with this worker: `size` ranks in a row, likely of one node; None where
+    each worker has rows of its own. Every worker must call."""
+    if size == 1:
+        return None
+    rank, world = ranks()
+    groups = [dist.new_group(range(first, first + size)) for first in range(0, world, size)]
+    return Workers(groups[rank // size], size, rank % size)
 
 
 def ranks() -> tuple[int, int]:

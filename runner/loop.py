@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from trimpot.runner.config import OptimSection
-from trimpot.runner.data.batch import collate
+from trimpot.runner.data.batch import Batch, collate, join, slice_of
 from trimpot.runner.data.compile import Compiled
 from trimpot.runner.data.cursor import Cursor, deal
 from trimpot.runner.engine import Engine, device, memory_bytes, ranks, sum_over_workers
 from trimpot.runner.errors import TrainError
+from trimpot.runner.model import attends_by_document
 from trimpot.runner.tasks.causal_lm import token_loss_sum
 from trimpot.runner.types import Plan, StepReport
 
@@ -79,15 +80,17 @@ def _train_step(
     """Forward and backward of this worker's micro-batches → its share of the summed loss.
 
     Every worker knows the whole step's samples, hence its trained tokens, without asking anyone.
-    DeepSpeed averages gradients over workers; × world_size makes a sum of that.
+    DeepSpeed averages gradients over workers; × world_size makes a sum of that, also where a
+    micro-batch is split over several: each has the gradient of its own tokens.
     """
-    rank, world = ranks()
+    _, world = ranks()
+    lane, own = divmod(ranks()[0], plan.sequence_parallel_size)
     engine.inner.train()
     total = 0.0
-    for number in range(rank, len(micros), world):
-        # Dropout depends on which micro-batch this is, never on who computes it.
-        torch.manual_seed(_mix(plan.config.seed, step, number))
-        batch = _tensors(plan, data, micros[number])
+    for number in range(lane, len(micros), plan.lanes):
+        # Dropout depends on which slice of which micro-batch this is, never on who computes it.
+        torch.manual_seed(_mix(plan.config.seed, step, number, own))
+        batch = _tensors(plan, engine, data, micros[number])
         loss = token_loss_sum(engine.inner, batch)
         engine.backward(loss * (world / tokens))
         total += loss.item()
@@ -99,8 +102,13 @@ def _mix(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
 
-def _tensors(plan: Plan, data: Compiled, samples: np.ndarray) -> dict[str, torch.Tensor]:
-    batch = collate(data, samples.tolist(), plan.config.data.packing)
+def _tensors(plan: Plan, engine: Engine, data: Compiled, samples: np.ndarray) -> Batch:
+    """What this worker computes of a micro-batch, on its device."""
+    if attends_by_document(engine.module):
+        batch, workers = join(data, samples.tolist()), plan.sequence_parallel_size
+        batch = slice_of(batch, ranks()[0] % workers, workers) if workers > 1 else batch
+    else:
+        batch = collate(data, samples.tolist(), plan.config.data.packing)
     return {key: value.to(device(), non_blocking=True) for key, value in batch.items()}
 
 
@@ -110,7 +118,7 @@ def held_out_loss(plan: Plan, engine: Engine, data: Compiled) -> tuple[float, in
     Every worker must call. Workers with fewer micro-batches repeat one at weight 0: under ZeRO-3
     a forward is a collective, and all must do as many.
     """
-    rank, world = ranks()
+    lane, own = divmod(ranks()[0], plan.sequence_parallel_size)
     count = min(len(data), plan.config.evaluation.max_samples)
     order = np.argsort(-data.lengths[:count], kind="stable")
     size = plan.micro_batch_size
@@ -118,13 +126,13 @@ def held_out_loss(plan: Plan, engine: Engine, data: Compiled) -> tuple[float, in
     engine.inner.eval()
     loss = tokens = 0.0
     with torch.no_grad():
-        for start in range(0, len(micros), world):
-            number = start + rank
+        for start in range(0, len(micros), plan.lanes):
+            number = start + lane
             samples = micros[min(number, len(micros) - 1)]
-            value = token_loss_sum(engine.inner, _tensors(plan, data, samples)).item()
+            value = token_loss_sum(engine.inner, _tensors(plan, engine, data, samples)).item()
             if number < len(micros):
                 loss += value
-                tokens += float(data.trained_lengths[samples].sum())
+                tokens += 0 if own else float(data.trained_lengths[samples].sum())
     engine.inner.train()
     loss, tokens = sum_over_workers([loss, tokens])
     return loss / tokens, int(tokens), count

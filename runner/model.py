@@ -12,8 +12,8 @@ from torch import nn
 from trimpot.runner import hub
 from trimpot.runner.adapters.lora import add_lora
 from trimpot.runner.adapters.nf4_linear import nf4_layers
-from trimpot.runner.engine import reach
-from trimpot.runner.errors import ConfigError
+from trimpot.runner.engine import reach, sequence_workers
+from trimpot.runner.errors import ConfigError, PlanError
 from trimpot.runner.fused.swap import Table, remake_products, swap_in
 from trimpot.runner.quantized import load_nf4
 from trimpot.runner.types import Plan
@@ -28,7 +28,15 @@ def build_model(plan: Plan, deepspeed: dict[str, Any] | None) -> nn.Module:
     elif config.method == "freeze":
         assert config.freeze is not None
         _freeze_but(model, config.freeze.trainable)
-    model.kernels = swap_in(model, plan.kernels, reach if plan.zero_stage == 3 else None)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    workers = sequence_workers(plan.sequence_parallel_size)
+    partitioned = reach if plan.zero_stage == 3 else None
+    model.kernels = swap_in(model, plan.kernels, partitioned, workers)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    if workers is not None and not attends_by_document(model):
+        raise PlanError(
+            f"fleet.sequence_parallel_size {workers.size} wants attention by document, and "
+            f"{type(model).__name__} has none ({kernels_of(model)['varlen_attention']['why']}); "
+            "set fleet.sequence_parallel_size=1"
+        )
     if config.model.activation_checkpointing == "selective":
         remake_products(model)
     elif config.model.activation_checkpointing:
@@ -60,6 +68,11 @@ def _load(plan: Plan, deepspeed: dict[str, Any] | None) -> nn.Module:
 def kernels_of(model: nn.Module) -> Table:
     """What the ops of a plan came to in this model: backend and reason of each."""
     return model.kernels  # pyright: ignore[reportReturnType]
+
+
+def attends_by_document(model: nn.Module) -> bool:
+    """Whether documents in one row cost no more than each in a row of its own."""
+    return kernels_of(model).get("varlen_attention", {"backend": "off"})["backend"] != "off"
 
 
 def dtype_of(plan: Plan) -> torch.dtype:

@@ -70,6 +70,16 @@ class Plan:
         return int(self.zero["stage"])
 
     @property
+    def sequence_parallel_size(self) -> int:
+        """How many workers share each row of tokens."""
+        return self.config.fleet.sequence_parallel_size
+
+    @property
+    def lanes(self) -> int:
+        """How many micro-batches are computed at a time: data-parallel size."""
+        return self.world_size // self.sequence_parallel_size
+
+    @property
     def digest(self) -> str:
         """SHA-256 over what decides the numbers: two plans with one digest train the same adapter.
 

@@ -8,14 +8,14 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trimpot.kernels.heap import keep_freed_memory
+from trimpot.kernels.heap import give_back_freed_memory, keep_freed_memory
 from trimpot.runner import engine as engines
 from trimpot.runner.adapters.peft_io import save_adapter
 from trimpot.runner.checkpoint import (
@@ -26,11 +26,17 @@ from trimpot.runner.checkpoint import (
     save_checkpoint,
 )
 from trimpot.runner.data.compile import Compiled, load_splits
+from trimpot.runner.data.fill import fill_of
 from trimpot.runner.engine import Engine, State, start_engine
 from trimpot.runner.errors import CheckpointError, DataError, StorageError, TrimpotError
 from trimpot.runner.journal import Journal
 from trimpot.runner.loop import held_out_loss, run_loop
-from trimpot.runner.model import build_model, count_parameters, kernels_of
+from trimpot.runner.model import (
+    attends_by_document,
+    build_model,
+    count_parameters,
+    kernels_of,
+)
 from trimpot.runner.plan.plan import plan_from_json
 from trimpot.runner.sample import answer_prompts
 from trimpot.runner.types import Checkpoint, Event, Plan, StepReport
@@ -67,7 +73,7 @@ def train(plan: Plan, report: Report) -> Checkpoint:
         del state
     clock.tell("engine")
     first = found[0].step + 1 if found else 1
-    report(_start(plan, kernels_of(model), data, held_out, parameters, trained, first))
+    report(_start(plan, model, data, held_out, parameters, trained, first))
     session = Session(plan, engine, data, held_out, report)
     if first == 1:
         session.evaluate(0)
@@ -223,7 +229,7 @@ class Phases:
 
 def _start(
     plan: Plan,
-    kernels: dict[str, dict[str, str]],
+    model: torch.nn.Module,
     data: Compiled,
     held_out: Compiled | None,
     parameters: int,
@@ -236,6 +242,7 @@ def _start(
         "version": _version("trimpot"),
         "resumed_from": first - 1 if first > 1 else None,
         "world_size": plan.world_size,
+        "sequence_parallel_size": plan.sequence_parallel_size,
         "micro_batch_size": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "zero_stage": plan.zero_stage,
@@ -249,7 +256,8 @@ def _start(
         "train_samples": len(data),
         "eval_samples": len(held_out) if held_out else 0,
         "tokens_per_epoch": int(data.lengths.sum()),
-        "kernels": kernels,
+        "fill": asdict(fill_of(plan, data, attends_by_document(model))),
+        "kernels": kernels_of(model),
         "config": config.model_dump(mode="json"),
         "versions": {"python": platform.python_version()} | {n: _version(n) for n in VERSIONS},
         "memory_predicted_bytes": plan.memory.total if plan.memory else None,
@@ -277,6 +285,9 @@ def run_worker(plan_json: str, started: float, handed: float | None = None) -> d
         raise StorageError(
             f"this worker does not see {run}; output_dir must be on storage that all workers share"
         )
+    # Who has whole layers recomputed gives time for memory.
+    if plan.config.model.activation_checkpointing is True and not torch.cuda.is_available():
+        give_back_freed_memory()
     engines.join_workers()
     rank, _ = engines.ranks()
     journal = Journal(run, mend=True) if rank == 0 else None

@@ -2,7 +2,7 @@
 
 Many engines in one process, since a process costs 8 s to start and a tiny run 2. With @STEP a run
 is told to stop after that step, and goes on in a second start.
-Rank 0 writes {argument: [loss of each step]} to RESULT.
+Rank 0 writes {argument: [loss of each step], "argument#held-out": [held-out losses]} to RESULT.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ import torch.distributed as dist
 
 from trimpot.runner import engine
 from trimpot.runner.plan.plan import plan_from_json
-from trimpot.runner.types import Plan, StepReport
+from trimpot.runner.types import Event, Plan, StepReport
 from trimpot.runner.worker import train
 
 
-def run(plan: Plan, stop_after: int | None) -> list[float]:
+def run(plan: Plan, stop_after: int | None) -> tuple[list[float], list[float]]:
+    """(losses of all steps, held-out losses)"""
     flag = Path(plan.run_dir, "stop")
     losses: list[float] = []
+    held_out: list[float] = []
 
     def hear(told: object) -> None:
         if isinstance(told, StepReport):
             losses.append(told.loss)
             if told.step + 1 == stop_after:
                 flag.touch()
+        elif isinstance(told, Event) and told.kind == "eval":
+            held_out.append(told.values["loss"])
 
     if stop_after == 1:
         flag.touch()
@@ -40,7 +44,7 @@ def run(plan: Plan, stop_after: int | None) -> list[float]:
         dist.barrier()
         last = train(plan, hear)
     assert last.complete
-    return losses
+    return losses, held_out
 
 
 def main() -> None:
@@ -50,7 +54,8 @@ def main() -> None:
     for argument in arguments:
         path, _, stop_after = argument.partition("@")
         plan = plan_from_json(Path(path).read_text())
-        losses[argument] = run(plan, int(stop_after) if stop_after else None)
+        curves = run(plan, int(stop_after) if stop_after else None)
+        losses[argument], losses[f"{argument}#held-out"] = curves
         gc.collect()
     if engine.ranks()[0] == 0:
         Path(result).write_text(json.dumps(losses))

@@ -92,3 +92,28 @@ def _pack_by_length(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int
         opened = max(opened, int(np.flatnonzero(taken)[-1]) + 1)
         placed += count
     return bins
+
+
+def least_bins(lengths: ArrayLike, capacity: int) -> int:
+    """How many bins any packing needs, at least: what `pack` is measured by.
+
+    Martello & Toth (1990), "Lower bounds and reduction procedures for the bin packing problem",
+    L2: for each threshold K ≤ capacity/2, documents over capacity − K share a bin with none of K or
+    more, those over half with one at most, and the rest of those of K or more must go into what
+    the latter leave, or into bins of their own. Beside that, no k + 1 documents over
+    capacity / (k + 1) share a bin. Errors as in `pack`.
+    """
+    ordered = np.sort(_check(lengths, capacity))
+    if not ordered.size or not ordered[-1]:
+        return int(ordered.size > 0)
+    sums = np.concatenate([[0], np.cumsum(ordered)])
+    half = int(np.searchsorted(ordered, capacity // 2, "right"))  # the first of more than half
+    thresholds = np.unique(np.concatenate([[0], ordered[:half]]))
+    first = np.searchsorted(ordered, thresholds, "left")
+    large = np.searchsorted(ordered, capacity - thresholds, "right")
+    over_half = ordered.size - half
+    room = (large - half) * capacity - (sums[large] - sums[half])
+    over = np.maximum(0, sums[half] - sums[first] - room)
+    together = np.arange(1, 16)
+    longer = ordered.size - np.searchsorted(ordered, capacity // (together + 1), "right")
+    return int(max(over_half + (-(-over // capacity)).max(), (-(-longer // together)).max()))

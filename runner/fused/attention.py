@@ -15,6 +15,7 @@ from torch import nn
 from trimpot.kernels.ops.rope import rope
 from trimpot.kernels.ops.varlen_attention import varlen_attention
 from trimpot.runner.adapters.lora import project
+from trimpot.runner.fused.exchange import Workers, to_heads, to_tokens
 from trimpot.runner.fused.norm import NormKind
 from trimpot.runner.hub import AttentionCode
 
@@ -35,6 +36,8 @@ class AttentionKind:
     """Passed on to the attention function: sliding_window, softcap."""
     backend: str = OFF
     """Of varlen_attention, where the layer is told of documents."""
+    workers: Workers | None = None
+    """Among whom rows are split, where they are."""
 
 
 class FusedAttention(nn.Module if TYPE_CHECKING else object):
@@ -58,18 +61,22 @@ class FusedAttention(nn.Module if TYPE_CHECKING else object):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         documents: torch.Tensor | None = None,
+        split_documents: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """→ (output [B, T, H], what the attention function says of its weights).
 
-        documents: cu_seqlens of the B·T tokens, in place of a mask and a cache (documents.py).
+        documents: cu_seqlens of the B·T tokens, in place of a mask and a cache; split_documents:
+        of the whole row that B·T tokens are one worker's slice of (documents.py).
         """
         shape = hidden_states.shape[:-1]
         projected = project([self.q_proj, self.k_proj, self.v_proj], hidden_states)
         q_BTND, k_BTND, v_BTND = (y.view(*shape, -1, self.head_dim) for y in projected)
         q_BNTD, k_BNTD = self._rotated(q_BTND, k_BTND, position_embeddings)
-        if documents is not None:
-            output = self._by_document(q_BNTD, k_BNTD, v_BTND, documents)
+        cuts = documents if split_documents is None else split_documents
+        if cuts is not None:
+            workers = None if split_documents is None else self.attention.workers
+            output = self._by_document(q_BNTD, k_BNTD, v_BTND, cuts, workers)
             return self.o_proj(output.reshape(*shape, -1)), None
         v_BNTD = v_BTND.transpose(1, 2)
         if past_key_values is not None:
@@ -93,22 +100,26 @@ class FusedAttention(nn.Module if TYPE_CHECKING else object):
         q_BNTD: torch.Tensor,
         k_BNTD: torch.Tensor,
         v_BTND: torch.Tensor,
-        documents: torch.Tensor,
+        cuts: torch.Tensor,
+        workers: Workers | None,
     ) -> torch.Tensor:
         """→ [B·T, N, D]"""
         q_TND, k_TND = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNTD, k_BNTD))
+        v_TND = v_BTND.flatten(0, 1)
+        if workers is not None:
+            q_TND, k_TND, v_TND = to_heads(q_TND, k_TND, v_TND, workers)
         settings = self.attention.settings
         output, _ = varlen_attention(
             q_TND,
             k_TND,
-            v_BTND.flatten(0, 1),
-            documents,
+            v_TND,
+            cuts,
             scale=self.scaling,
             window=settings.get("sliding_window") or 0,
             softcap=settings.get("softcap") or 0.0,
             backend=self.attention.backend,
         )
-        return output
+        return output if workers is None else to_tokens(output, workers)
 
     def _rotated(
         self, q: torch.Tensor, k: torch.Tensor, position_embeddings: Any

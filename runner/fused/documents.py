@@ -14,6 +14,8 @@ from trimpot.runner.fused.classes import renamed
 
 DOCUMENTS = "documents"
 """The argument that carries cu_seqlens from the model to its layers."""
+SPLIT = "split_documents"
+"""The argument that says that the input is one worker's slice of a row: the row's cu_seqlens."""
 
 
 def cu_seqlens(position_ids: torch.Tensor | None, rows: int, length: int) -> torch.Tensor:
@@ -34,7 +36,8 @@ def cu_seqlens(position_ids: torch.Tensor | None, rows: int, length: int) -> tor
 @functools.cache
 def with_documents(original: type) -> type:
     """The class of a model without its head, whose layers attend by document: where neither a
-    mask nor a cache of keys decides, no mask is made, and the layers are given cu_seqlens."""
+    mask nor a cache of keys decides, no mask is made, and the layers are given cu_seqlens: those
+    of the positions, or of `split_documents`."""
 
     class WithDocuments(original):
         @functools.wraps(original.forward)
@@ -53,11 +56,12 @@ def with_documents(original: type) -> type:
             cached = cached or past_key_values is not None
             wanted = kwargs.get("output_attentions", self.config.output_attentions)
             if given is not None and attention_mask is None and not cached and not wanted:
-                cuts = cu_seqlens(position_ids, *given.shape[:2])
+                if SPLIT not in kwargs:
+                    cuts = cu_seqlens(position_ids, *given.shape[:2])
+                    kwargs[DOCUMENTS] = cuts.to(given.device)
                 # A mask of four dimensions is taken for one that the caller has made: nothing of
                 # size T² comes of it, and the layers do not look at it.
-                attention_mask = cuts.new_empty(1, 1, 1, 0)
-                kwargs[DOCUMENTS] = cuts.to(given.device)
+                attention_mask = given.new_empty(1, 1, 1, 0, dtype=torch.int64)
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

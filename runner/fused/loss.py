@@ -38,22 +38,20 @@ class FusedHead(nn.Linear if TYPE_CHECKING else object):
 
 @functools.cache
 def with_loss(original: type) -> type:
-    """The model's class with one more argument: `loss_labels` [B, T] asks for the summed loss of
-    predicting each of them from the tokens before it, in place of the logits."""
+    """The model's class with one more argument: `loss_targets` [B, T] asks for the summed loss of
+    predicting each of them at its place, in place of the logits."""
 
     class WithLoss(original):
         loss_is_fused = True
 
         @functools.wraps(original.forward)  # generate() reads the arguments off the signature
         def forward(
-            self, *args: Any, loss_labels: torch.Tensor | None = None, **kwargs: Any
+            self, *args: Any, loss_targets: torch.Tensor | None = None, **kwargs: Any
         ) -> Any:
-            if loss_labels is None:
+            if loss_targets is None:
                 return super().forward(*args, **kwargs)
             hidden_BTH = self.base_model(*args, **kwargs).last_hidden_state
-            # The last token predicts nothing: ignored, for a slice of hidden would be a copy.
-            next_BT = nn.functional.pad(loss_labels[:, 1:], (0, 1), value=IGNORED)
-            return self.get_output_embeddings()(hidden_BTH, labels=next_BT)
+            return self.get_output_embeddings()(hidden_BTH, labels=loss_targets)
 
     return renamed(WithLoss, original)
 

@@ -21,6 +21,7 @@ from trimpot.runner.errors import ConfigError
 from trimpot.runner.fused.attention import AttentionKind, FusedAttention
 from trimpot.runner.fused.classes import put
 from trimpot.runner.fused.documents import with_documents
+from trimpot.runner.fused.exchange import Workers
 from trimpot.runner.fused.layer import Parts, PreNormLayer, SandwichLayer
 from trimpot.runner.fused.loss import FusedHead, head_is_plain, with_loss
 from trimpot.runner.fused.mlp import GATES, FusedMLP, gate_op
@@ -46,10 +47,13 @@ Reach = Callable[[nn.Module, Iterable[nn.Parameter]], None]
 """Tells whoever partitions parameters that a module computes with some that are not its own."""
 
 
-def swap_in(model: Any, kernels: Table, reach: Reach | None = None) -> Table:
+def swap_in(
+    model: Any, kernels: Table, reach: Reach | None = None, workers: Workers | None = None
+) -> Table:
     """Put the ops in, in place → `kernels` as it came true: how many modules run each op, or
-    why none does. `reach`: given under ZeRO-3, where parameters are partitioned already."""
-    swap = Swap(model, kernels, partitioned=reach is not None)
+    why none does. `reach`: given under ZeRO-3, where parameters are partitioned already.
+    `workers`: those among whom rows are split."""
+    swap = Swap(model, kernels, reach is not None, workers)
     swap.norms()
     swap.layers()
     swap.documents()
@@ -74,8 +78,8 @@ def remake_products(model: nn.Module) -> None:
 
 
 class Swap:
-    def __init__(self, model: Any, kernels: Table, partitioned: bool):
-        self.model, self.partitioned = model, partitioned
+    def __init__(self, model: Any, kernels: Table, partitioned: bool, workers: Workers | None):
+        self.model, self.partitioned, self.workers = model, partitioned, workers
         self.backends = {op: choice["backend"] for op, choice in kernels.items()}
         self.done: Counter[str] = Counter()
         self.reasons: dict[str, str] = {}
@@ -147,6 +151,7 @@ class Swap:
             norm=self._head_norm(attention) if rotates and self.on("rope") else None,
             settings=settings,
             backend=self.backends.get("varlen_attention", OFF),
+            workers=self.workers,
         )
         put(attention, FusedAttention, attention=kind)
         self.done["rope"] += rotates

@@ -53,7 +53,8 @@ def choose_kernels(config: Config, fleet: Fleet, facts: ModelFacts) -> dict[str,
         if op == ATTENTION:
             known["head_dim"] = facts.head_dim
         choice = choose(op, wanted, **known)
-        if op == ATTENTION and wanted == AUTO and choice.backend == "torch":
+        split = config.fleet.sequence_parallel_size > 1  # sdpa can't do that
+        if op == ATTENTION and wanted == AUTO and choice.backend == "torch" and not split:
             # A loop over documents with all their scores in memory: sdpa is faster.
             chosen[op] = {"backend": OFF, "why": f"transformers' own code; {choice.why}"}
             continue

@@ -75,7 +75,9 @@ def _quantised_less_plain(config: Config, facts: ModelFacts, item: int) -> int:
 
 
 def _tokens(config: Config, facts: ModelFacts, micro_batch_size: int) -> int:
-    return micro_batch_size * min(config.data.max_length, facts.max_positions)
+    """Of one micro-batch in one worker."""
+    row = micro_batch_size * min(config.data.max_length, facts.max_positions)
+    return -(-row // config.fleet.sequence_parallel_size)
 
 
 def _activations(config: Config, facts: ModelFacts, micro_batch_size: int, item: int) -> int:

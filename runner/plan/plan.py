@@ -11,7 +11,7 @@ from typing import Any
 from trimpot.runner.config import Config, check_config
 from trimpot.runner.errors import PlanError
 from trimpot.runner.plan.facts import ModelFacts
-from trimpot.runner.plan.kernels import choose_kernels
+from trimpot.runner.plan.kernels import ATTENTION, choose_kernels
 from trimpot.runner.plan.memory import Arrangement, predict_memory
 from trimpot.runner.types import Fleet, Memory, Plan
 
@@ -36,7 +36,10 @@ def make_plan(config: Config, fleet: Fleet, facts: ModelFacts, run_dir: str) -> 
             f"{config.model.path} is in 4 bits already ({facts.quantization}); set "
             f"model.quantization={facts.quantization} to train adapters on it"
         )
+    lanes = world // config.fleet.sequence_parallel_size
     stage, micro = _arrange(config, fleet, facts, world)
+    kernels = choose_kernels(config, fleet, facts)
+    _check_split(config, facts, kernels)
     memory = predict_memory(config, facts, Arrangement(world, micro, stage))
     return Plan(
         config=config,
@@ -44,10 +47,10 @@ def make_plan(config: Config, fleet: Fleet, facts: ModelFacts, run_dir: str) -> 
         model_path=config.model.path,
         world_size=world,
         micro_batch_size=micro,
-        gradient_accumulation_steps=config.optim.batch_size // (world * micro),
+        gradient_accumulation_steps=config.optim.batch_size // (lanes * micro),
         total_steps=config.optim.max_steps,
         zero=zero_section(config, stage),
-        kernels=choose_kernels(config, fleet, facts),
+        kernels=kernels,
         memory=memory,
     )
 
@@ -86,21 +89,43 @@ def _parameter_names(facts: ModelFacts) -> list[str]:
 
 
 def _world_size(config: Config, fleet: Fleet) -> int:
-    workers = config.fleet.workers
-    world = max(1, fleet.nodes * fleet.gpus_per_node) if workers == "auto" else workers
-    batch = config.optim.batch_size
-    if batch % world:
+    workers, split = config.fleet.workers, config.fleet.sequence_parallel_size
+    world = max(split, fleet.nodes * fleet.gpus_per_node) if workers == "auto" else workers
+    if world % split:
         raise PlanError(
-            f"batch_size {batch} does not divide over {world} workers; "
-            f"the next size that does is {-(-batch // world) * world}"
+            f"{world} workers do not divide into groups of fleet.sequence_parallel_size {split}; "
+            f"set fleet.workers={-(-world // split) * split}"
+        )
+    lanes, batch = world // split, config.optim.batch_size
+    shared = f"{lanes} groups of {split} workers" if split > 1 else f"{world} workers"
+    if batch % lanes:
+        raise PlanError(
+            f"batch_size {batch} does not divide over {shared}; "
+            f"the next size that does is {-(-batch // lanes) * lanes}"
         )
     micro = config.optim.micro_batch_size
-    if micro != "auto" and batch % (world * micro):
+    if micro != "auto" and batch % (lanes * micro):
         raise PlanError(
-            f"batch_size {batch} is no multiple of {world} workers × micro_batch_size {micro}; "
-            f"the next size that is: {-(-batch // (world * micro)) * world * micro}"
+            f"batch_size {batch} is no multiple of {shared} × micro_batch_size {micro}; "
+            f"the next size that is: {-(-batch // (lanes * micro)) * lanes * micro}"
         )
     return world
+
+
+def _check_split(config: Config, facts: ModelFacts, kernels: dict[str, dict[str, str]]) -> None:
+    """Whether attention can be split over the workers that share a row. Raises PlanError."""
+    split = config.fleet.sequence_parallel_size
+    if facts.heads % split:
+        sizes = [n for n in range(1, facts.heads + 1) if facts.heads % n == 0]
+        raise PlanError(
+            f"fleet.sequence_parallel_size {split} does not divide the {facts.heads} attention "
+            f"heads of {facts.architecture}; sizes that do: {', '.join(map(str, sizes))}"
+        )
+    if split > 1 and kernels[ATTENTION]["backend"] == "off":
+        raise PlanError(
+            f"fleet.sequence_parallel_size {split} wants attention by document, and "
+            "kernels.varlen_attention is off; set it to auto"
+        )
 
 
 def _arrange(config: Config, fleet: Fleet, facts: ModelFacts, world: int) -> tuple[int, int]:
@@ -112,7 +137,7 @@ def _arrange(config: Config, fleet: Fleet, facts: ModelFacts, world: int) -> tup
         stages = [lowest] if world == 1 else list(range(lowest, highest + 1))
     else:
         stages = [wanted]
-    share = config.optim.batch_size // world
+    share = config.optim.batch_size // (world // config.fleet.sequence_parallel_size)
     given = config.optim.micro_batch_size
     divisors = [m for m in range(share, 0, -1) if share % m == 0]
     micros = divisors if given == "auto" else [given]

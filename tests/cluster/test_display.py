@@ -124,6 +124,33 @@ def test_plain_lines_of_a_run() -> None:
     assert not any(line.startswith("report") for line in lines)  # none is written
 
 
+FILL = {
+    "documents": 2000,
+    "rows": 757,
+    "least_rows": 757,
+    "row_tokens": 512,
+    "row_share": 0.99912,
+    "computed_share": 1.0,
+}
+
+
+def test_log_says_how_full_rows_are() -> None:
+    packed = {"data": {"packing": True}}
+    lines = shown(run(1, fill=FILL, config=packed)).splitlines()
+    assert (
+        "2,000 samples in 757 rows of 512 tokens, 99.9 % full (the fewest there can be)"
+        " · 100 % of computed tokens are real"
+    ) in lines
+    more = FILL | {"least_rows": 756, "computed_share": 0.99996}
+    assert "full (at least 756 are needed) · 99.9 %" in shown(run(1, fill=more, config=packed))
+    assert "99.9 % of computed tokens are real" in shown(run(1, fill=more)).splitlines()
+
+
+def test_log_says_how_many_workers_are_on_a_row() -> None:
+    lines = shown(run(1, world_size=4, sequence_parallel_size=2)).splitlines()
+    assert "4 workers, 2 to a row: 2 × 4 × 2 = 16 samples a step · ZeRO 1 · fp32" in lines
+
+
 def test_plain_steps_are_thinned_but_nothing_else_is() -> None:
     text = shown(run(2000, seconds=0.1))  # 200 s
     steps = re.findall(r"^step (\d+)/2000", text, re.MULTILINE)
@@ -163,7 +190,8 @@ def test_no_control_characters_get_through() -> None:
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_panel_fits_its_terminal(width: int) -> None:
-    events = run(100, config={"tracking": {"run_name": "long" * 60}})
+    config = {"tracking": {"run_name": "long" * 60}, "data": {"packing": True}}
+    events = run(100, config=config, fill=FILL, world_size=4, sequence_parallel_size=2)
     for n in (1, 2, 4, 5, 30, len(events)):
         rows = screen(events[:n], width)
         assert rows

@@ -174,6 +174,12 @@ CONFIG = [
     key("unknown schedule", {"optim": {"schedule": "cos"}}, "optim.schedule", "'cosine'"),
     key("unknown precision", {"precision": "fp16"}, "precision", "'bf16' or 'fp32'"),
     key("unknown ZeRO stage", {"fleet": {"zero_stage": 4}}, "fleet.zero_stage is 4", "0, 1, 2"),
+    key(
+        "a row over no worker",
+        {"fleet": {"sequence_parallel_size": 0}},
+        "fleet.sequence_parallel_size is 0",
+        "greater than 0",
+    ),
     key("unknown sink", {"tracking": {"sinks": ["excel"]}}, "tracking.sinks.0", "'wandb'"),
     key("epochs and max_steps", {"optim": {"epochs": 1}}, "epochs and max_steps", "keep one"),
     key(
@@ -496,6 +502,49 @@ PLAN = [
         {"fleet": {"workers": 2}, "optim": {"micro_batch_size": 4}},
         "2 workers × micro_batch_size 4",
         "8",
+    ),
+    key(
+        "workers that make no whole groups",
+        {"fleet": {"workers": 3, "sequence_parallel_size": 2}},
+        "3 workers do not divide into groups of fleet.sequence_parallel_size 2",
+        "fleet.workers=4",
+    ),
+    key(
+        "batch over groups of workers",
+        {"fleet": {"workers": 6, "sequence_parallel_size": 2}},
+        "batch_size 4 does not divide over 3 groups of 2 workers",
+        "is 6",
+    ),
+    key(
+        "micro-batch over groups of workers",
+        {
+            "fleet": {"workers": 4, "sequence_parallel_size": 2},
+            "optim": {"micro_batch_size": 4},
+        },
+        "2 groups of 2 workers × micro_batch_size 4",
+        "8",
+    ),
+    key(
+        "heads over the workers of a row",
+        {"fleet": {"workers": 3, "sequence_parallel_size": 3}},
+        "sequence_parallel_size 3 does not divide the 4 attention heads of LlamaForCausalLM",
+        "1, 2, 4",
+    ),
+    key(
+        "a row over workers without its kernel",
+        {
+            "fleet": {"workers": 2, "sequence_parallel_size": 2},
+            "kernels": {"varlen_attention": "off"},
+        },
+        "sequence_parallel_size 2",
+        "kernels.varlen_attention is off",
+        "auto",
+    ),
+    key(
+        "a row over workers without kernels",
+        {"fleet": {"workers": 2, "sequence_parallel_size": 2}, "kernels": {"default": "off"}},
+        "kernels.varlen_attention is off",
+        "auto",
     ),
     key("too little memory", {"fleet": {"memory_per_worker": 1000}}, "GiB", "data.max_length"),
     key(

@@ -215,6 +215,22 @@ def test_says_what_the_journal_says(tmp_path: Path) -> None:
     assert "learning_rate: 0.0005\n  warmup_steps: 4" in config
 
 
+def test_says_who_shares_rows_and_how_full_they_are(tmp_path: Path) -> None:
+    fill = {"documents": 2000, "rows": 757, "least_rows": 756, "row_tokens": 512}
+    fill |= {"row_share": 0.99912, "computed_share": 0.9949}
+    packed = CONFIG | {"data": CONFIG["data"] | {"packing": True}}
+    events = whole_run()
+    events[0] |= {"world_size": 4, "sequence_parallel_size": 2, "fill": fill, "config": packed}
+    text = Page(written(tmp_path, events)).text
+    assert "Workers 4, 2 to a row" in text
+    rows = "2,000 samples in 757 rows of 512 tokens, 99.9 % full (at least 756 are needed)"
+    assert f"Packed {rows}" in text
+    assert "Real tokens of those computed 99.4 %" in text
+    events[0]["config"] = CONFIG
+    apart = Page(written(tmp_path, events)).text
+    assert "Packed" not in apart and "Real tokens of those computed 99.4 %" in apart
+
+
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     attack = '</td><script>alert(1)</script><img src=x onerror="alert(2)">\x1b[2J\x00\ud800'
     events = whole_run()

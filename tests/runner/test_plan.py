@@ -209,6 +209,22 @@ def test_state_by_hand(tmp_path: Path) -> None:
     assert predict_memory(offloaded, facts, Arrangement(4, 1, 2)).optimizer == 0
 
 
+def test_workers_on_a_row_have_its_tokens_between_them(facts: ModelFacts) -> None:
+    config = run(method="full", data={"train": "t", "max_length": 64})
+    split = run(
+        method="full",
+        data={"train": "t", "max_length": 64},
+        fleet={"workers": 4, "sequence_parallel_size": 4},
+    )
+    whole, part = (predict_memory(c, facts, Arrangement(4, 2, 2)) for c in (config, split))
+    assert (part.activations, part.logits) == (whole.activations // 4, whole.logits // 4)
+    assert (part.weights, part.gradients, part.optimizer) == (
+        whole.weights,
+        whole.gradients,
+        whole.optimizer,
+    )
+
+
 # --- arrangement
 
 
@@ -267,6 +283,35 @@ def test_workers_default_to_the_gpus(facts: ModelFacts) -> None:
     config = run(data={"train": "t", "max_length": 32})
     assert make_plan(config, Fleet(nodes=2, gpus_per_node=4), facts, "/r").world_size == 8
     assert make_plan(config, Fleet(), facts, "/r").world_size == 1
+
+
+def test_workers_that_share_rows(facts: ModelFacts) -> None:
+    """The batch divides over groups of them; by default there are as many as a row wants."""
+    data = {"train": "t", "max_length": 32}
+    config = run(
+        data=data,
+        optim={"batch_size": 6, "micro_batch_size": 1},
+        fleet={"workers": 4, "sequence_parallel_size": 2},
+    )
+    plan = make_plan(config, Fleet(), facts, "/r")
+    assert (plan.world_size, plan.lanes, plan.gradient_accumulation_steps) == (4, 2, 3)
+    auto = run(data=data, fleet={"sequence_parallel_size": 2})
+    assert make_plan(auto, Fleet(), facts, "/r").world_size == 2
+    assert make_plan(auto, Fleet(nodes=2, gpus_per_node=4), facts, "/r").world_size == 8
+    with pytest.raises(PlanError, match=r"3 workers do not divide .* set fleet\.workers=4"):
+        make_plan(auto, Fleet(gpus_per_node=3), facts, "/r")
+
+
+def test_rows_are_split_over_workers_without_a_fused_kernel_too(
+    facts: ModelFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sdpa knows no other workers: where attention has no kernel, its definition in torch runs."""
+    monkeypatch.setattr(native, "state", lambda: native.State(False, "a test"))
+    data = {"train": "t", "max_length": 32}
+    whole = make_plan(run(data=data), Fleet(), facts, "/r")
+    split = make_plan(run(data=data, fleet={"sequence_parallel_size": 2}), Fleet(), facts, "/r")
+    assert whole.kernels["varlen_attention"]["backend"] == "off"
+    assert split.kernels["varlen_attention"]["backend"] == "torch"
 
 
 def test_what_the_user_set_is_kept_even_where_it_seems_too_large(facts: ModelFacts) -> None:
