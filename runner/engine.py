@@ -123,6 +123,7 @@ class Engine:
         """A copy of the fp32 weights and moments of what is trained, on the CPU. Every worker must
         call; all get it. Moments are absent before the first step.
         """
+        self._link_moments()
         found: State = {}
         for name, parameter in self.names.items():
             get = self._reader(parameter)
@@ -148,6 +149,7 @@ class Engine:
 
         Together the workers' parts are everything, once. Nothing is sent between them.
         """
+        self._link_moments()
         rank, world = ranks()
         found: Share = {}
         for name, parameter in self.names.items():
@@ -165,6 +167,14 @@ class Engine:
     def shapes(self) -> dict[str, list[int]]:
         """{name: shape} of what is trained, also where ZeRO-3 has partitioned it."""
         return {n: list(getattr(p, "ds_shape", p.shape)) for n, p in self.names.items()}
+
+    def _link_moments(self) -> None:
+        """Stages 1 and 2 link parameters to their moments after the first group's first step, when
+        a second group (weight decay makes two) has none yet, and never again (DeepSpeed 0.19)."""
+        relink = getattr(self.inner.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if self.zero_stage in (1, 2) and relink is not None:
+            self.inner.optimizer._hp_optimizer_states_linked = False
+            relink()
 
     def _extent(self, parameter: Any) -> tuple[int, int]:
         """(start, stop) of the elements whose master and moments this worker holds.
@@ -214,6 +224,7 @@ class Engine:
         DeepSpeed took it over: later, its bf16 copy would be stale.
         """
         self._make_moments()
+        self._link_moments()
         for name, parameter in self.names.items():
             start, stop = self._extent(parameter)
             for key in ("weight", *MOMENTS) if start < stop else ():

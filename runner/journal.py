@@ -41,12 +41,12 @@ class Journal:
     def _write(self, raw: bytes) -> None:
         """A run is worth more than its journal: where it can't be written, the run goes on."""
         try:
-            whole = self.file.write(raw) == len(raw)
+            why = "" if self.file.write(raw) == len(raw) else "no room for a whole line"
         except OSError as error:
-            if not self.lost:
-                log.warning("%s can't be written: %s; the run goes on", self.path, error.strerror)
-            whole = False
-        self.lost = 0 if whole else self.lost + 1
+            why = error.strerror or str(error)
+        if why and not self.lost:
+            log.warning("%s can't be written: %s; the run goes on", self.path, why)
+        self.lost = self.lost + 1 if why else 0
 
     def close(self) -> None:
         self.file.close()

@@ -28,7 +28,6 @@ from trimpot.runner.checkpoint import (
     write_state,
 )
 from trimpot.runner.engine import Share, State
-from trimpot.runner.errors import StorageError
 from trimpot.runner.types import Checkpoint
 
 FIRST_S = 60.0
@@ -108,7 +107,7 @@ class Saver:
         def run() -> None:
             try:
                 work()
-            except (StorageError, OSError, MemoryError) as error:
+            except Exception as error:  # whatever it is: it must be told, and not end the run
                 job.error = str(error) or type(error).__name__
                 if not job.sharded or job.told:
                     durable.remove(job.partial)

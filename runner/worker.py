@@ -198,7 +198,11 @@ class Session:
             step = replace(step, held_out_loss=self.evaluate(step.step))
         every = config.checkpoint.every_steps
         if final or stop:
-            saved = self.save(step.step, complete=final)
+            try:
+                saved = self.save(step.step, complete=final)
+            except SaveError:
+                self.report(step)  # it was done
+                raise
             step = replace(step, checkpoint=saved.path.name)
         elif due or (every != "auto" and step.step % every == 0):
             self._hear(self.saver.finish())

@@ -2,7 +2,8 @@
 
 Many engines in one process, since a process costs 8 s to start and a tiny run 2. With @STEP a run
 is told to stop after that step, and goes on in a second start.
-Rank 0 writes {argument: [loss of each step]} to RESULT.
+Rank 0 writes {argument: [loss of each step]} to RESULT, and adds the samples of each step to
+RUN/samples.jsonl.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from trimpot.runner import engine
+from trimpot.runner import engine, loop
 from trimpot.runner.plan.plan import plan_from_json
 from trimpot.runner.types import Plan, StepReport
 from trimpot.runner.worker import train
@@ -30,6 +31,22 @@ def run(plan: Plan, stop_after: int | None) -> list[float]:
             if told.step + 1 == stop_after:
                 flag.touch()
 
+    deal = loop.deal
+
+    def watched(indices, *rest):
+        if engine.ranks()[0] == 0:
+            with Path(plan.run_dir, "samples.jsonl").open("a") as file:
+                file.write(json.dumps(indices.tolist()) + "\n")
+        return deal(indices, *rest)
+
+    loop.deal = watched
+    try:
+        return train_through(plan, hear, stop_after, flag, losses)
+    finally:
+        loop.deal = deal
+
+
+def train_through(plan, hear, stop_after, flag, losses) -> list[float]:
     if stop_after == 1:
         flag.touch()
     last = train(plan, hear)
