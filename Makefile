@@ -30,7 +30,7 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest
 
-# The long part of tests/chaos; its last line is one JSON object. CHAOS_SEED=n draws other faults.
+# The tests that `make test` leaves out; the last line is one JSON object. CHAOS_SEED=n draws other faults.
 chaos: install
 	@CHAOS_SEED=$(or $(CHAOS_SEED),0) $(BIN)/python tests/chaos/run.py
 

@@ -1,4 +1,4 @@
-"""`make chaos`: the long part of the suite, then its figures as one JSON object on stdout."""
+"""`make chaos`: all tests with that mark, then its figures as one JSON object on stdout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder, "figures.jsonl")
         environment = {**os.environ, "CHAOS_FIGURES": str(told)}
-        command = [sys.executable, "-m", "pytest", "-m", "chaos", str(Path(__file__).parent)]
+        command = [sys.executable, "-m", "pytest", "-m", "chaos", str(Path(__file__).parent.parent)]
         code = subprocess.run(
             [*command, *sys.argv[1:]], env=environment, stdout=sys.stderr, check=False
         ).returncode

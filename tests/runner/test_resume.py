@@ -118,7 +118,14 @@ MOVES = {
 
 
 @pytest.mark.slow
-def test_shards_of_one_fleet_are_taken_up_by_another(model, tmp_path):
+@pytest.mark.parametrize(
+    "moves",
+    [
+        {"full": [(2, 3, 0)], "lora": [(0, 3, 2)]},
+        pytest.param(MOVES, marks=pytest.mark.chaos, id="every move"),
+    ],
+)
+def test_shards_of_one_fleet_are_taken_up_by_another(model, tmp_path, moves):
     """1 worker begins, 2 go on, 1 ends: same samples, same losses as the one that went through."""
     data = tiny_data(tmp_path, 60)
     optim = {"batch_size": 4, "micro_batch_size": 2, "max_steps": 6, "weight_decay": 0.1}
@@ -138,7 +145,7 @@ def test_shards_of_one_fleet_are_taken_up_by_another(model, tmp_path):
             config(model, data, tmp_path / f"{name}-{stages[0]}", checkpoint=OFTEN, **sections),
         )
         for name, sections in method.items()
-        for stages in MOVES[name]
+        for stages in moves.get(name, [])
     ]
     curves, samples = [], []
     for leg, world in enumerate((1, 2, 1)):
