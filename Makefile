@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install quickstart test lint format bench clean
+.PHONY: install quickstart test chaos lint format bench clean
 
 install: $(STAMP)
 
@@ -29,6 +29,10 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# The tests that `make test` leaves out; the last line is one JSON object. CHAOS_SEED=n draws other faults.
+chaos: install
+	@CHAOS_SEED=$(or $(CHAOS_SEED),0) $(BIN)/python tests/chaos/run.py
 
 lint: install
 	mkdir -p .cache/typing/trimpot

@@ -197,7 +197,7 @@ def _training_lines(look: Look) -> list[str]:
         _line("zero_stage", "auto", "the lowest DeepSpeed ZeRO stage that fits"),
         "",
         "checkpoint:",
-        _line("every_steps", 100, "an interrupted run goes on from the newest"),
+        _line("every_steps", "auto", "an interrupted run goes on from the newest"),
         "evaluation:",
         _line("every_steps", 50, "held-out loss; always before and after, too"),
         "samples:",

@@ -17,7 +17,7 @@ from trimpot.cluster.launch import Outcome, ray_cluster, run_plan
 from trimpot.cluster.prepare import check_inputs, check_room, draft_plan, prepare_run, run_lock
 from trimpot.cluster.sinks import Sinks, open_sinks
 from trimpot.runner.config import Config
-from trimpot.runner.errors import TrimpotError
+from trimpot.runner.errors import StorageError, TrimpotError
 from trimpot.runner.journal import FILE, Journal
 from trimpot.runner.types import Event, Plan
 
@@ -194,7 +194,8 @@ class Watcher:
         import traceback
 
         text = "".join(traceback.format_exception(failure))
-        (self.dir / "failure.log").write_text(text, encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk may be what failed
+            (self.dir / "failure.log").write_text(text, encoding="utf-8")
 
     def _end(self, status: str, step: int, error: str | None) -> journals.Run:
         history = journals.history(journals.read(self.dir))
@@ -211,6 +212,9 @@ class Watcher:
         self.tell(Event("end", values))
         from trimpot.cluster.report import write_report
 
-        write_report(self.dir)
+        try:
+            write_report(self.dir)
+        except StorageError as failure:  # the run's own outcome is worth more
+            self.warn(str(failure))
         self._watch(lambda: True)
         return journals.history(journals.read(self.dir))

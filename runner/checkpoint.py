@@ -4,35 +4,51 @@
                                   manifest.json         written last; SHA-256 of every other file
     RUN/checkpoints/latest                              name of the newest; a hint, never trusted
 
-A folder without a manifest that verifies is no checkpoint.
+Where several workers hold a part each, there is a `shard-00001-of-00004.safetensors` of each in
+place of state.safetensors: one flat tensor a name, and the manifest says which elements it is of.
+
+A save writes into a hidden folder beside its target: files, their fsync, the folder's; the
+manifest, its fsync, the folder's; one rename to the final name, the parent's fsync; only then the
+pointer, and only then are older ones removed. So a folder of that name is whole, or was damaged
+later; one without a manifest that verifies is no checkpoint. Nothing is ever replaced: a step that
+is saved again gets `step-00000040-1`.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
-import shutil
+import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
-from trimpot.runner.engine import State
+from trimpot.runner import durable
+from trimpot.runner.durable import Fingerprint
+from trimpot.runner.engine import Share, State
 from trimpot.runner.errors import CheckpointError, StorageError
 from trimpot.runner.types import Checkpoint
 
-FORMAT = 1
+FORMAT = 2
+"""1 had no seal over its manifest and no shards; it is still read."""
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
+NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 log = logging.getLogger(__name__)
+
+
+# --- writing
 
 
 def save_checkpoint(
@@ -43,64 +59,175 @@ def save_checkpoint(
     `facts`: plan_digest, data_digest, world_size and whatever else is worth keeping.
     Raises StorageError; what stood before then still stands.
     """
-    final = folder / f"step-{step:08d}"
-    partial = folder / f"{final.name}.partial"
+    partial = staging(folder, step, "alone")
+    durable.remove(partial)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        tensors = {
-            f"{key}/{name}": tensor.contiguous()
-            for name, values in state.items()
-            for key, tensor in values.items()
-        }
-        save_file(tensors, partial / STATE)
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "cursor": cursor,
-            "complete": complete,
-            "saved_at": time.time(),
-            "versions": {name: version(name) for name in ("torch", "deepspeed", "safetensors")},
-            "files": {STATE: _fingerprint(partial / STATE)},
-            **facts,
-        }
-        _sync(partial / STATE)
-        text = json.dumps(manifest, indent=2, sort_keys=True)
-        (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        _sync(partial / MANIFEST)
-        _sync(partial)
-        if final.exists():  # the same step, saved again by a run that resumed
-            shutil.rmtree(final)
-        partial.replace(final)
-        _sync(folder)
-        _point(folder, final.name)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise StorageError(f"checkpoint {final} can't be written: {error}") from None
+        files = {STATE: write_state(partial, state)}
+        return commit(partial, files, step=step, cursor=cursor, complete=complete, facts=facts)
+    except StorageError:
+        durable.remove(partial)
+        raise
+
+
+def staging(folder: Path, step: int, token: str) -> Path:
+    """Where the files of a save lie until it is committed. `token`: of this start of the run, so
+    that a writer left over from an earlier one writes elsewhere."""
+    return folder / f".step-{step:08d}.{token}.partial"
+
+
+def write_state(partial: Path, state: State) -> Fingerprint:
+    """Write whole tensors of all parameters as the only file. Raises StorageError."""
+    tensors = {f"{key}/{n}": t for n, values in state.items() for key, t in values.items()}
+    return _write_tensors(partial / STATE, tensors)
+
+
+def write_shard(partial: Path, share: Share, rank: int, world: int) -> None:
+    """Write one worker's part, and beside it a JSON file of what it is, for `read_shards`.
+
+    Raises StorageError.
+    """
+    path = partial / f"shard-{rank:05d}-of-{world:05d}.safetensors"
+    tensors = {f"{key}/{n}": t for n, (_, v) in share.items() for key, t in v.items()}
+    slices = {
+        name: [start, start + next(iter(values.values())).numel()]
+        for name, (start, values) in share.items()
+    }
+    entry = {**_write_tensors(path, tensors), "slices": slices}
+    try:
+        durable.write_file(path.with_suffix(".json"), [json.dumps(entry).encode()])
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def read_shards(partial: Path, world: int) -> dict[str, Any]:
+    """{file: its entry in the manifest} of the shards of all workers. Raises StorageError."""
+    files: dict[str, Any] = {}
+    for rank in range(world):
+        path = partial / f"shard-{rank:05d}-of-{world:05d}.json"
+        try:
+            files[path.with_suffix(".safetensors").name] = json.loads(path.read_bytes())
+            os.unlink(path)  # noqa: PTH108
+        except (OSError, ValueError) as error:
+            raise StorageError(
+                f"the shard of worker {rank} is not in {partial}: {error}; "
+                "output_dir must be on storage that all workers share"
+            ) from None
+    return files
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> Fingerprint:
+    try:
+        durable.make_folder(path.parent)
+        return durable.write_file(path, _safetensors(tensors))
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"checkpoint {path} can't be written: {error.strerror or error}")
+
+
+def _safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """fp32 tensors on the CPU in safetensors' format, piece by piece.
+
+    u64 length of the header, the header (JSON, padded to 8 bytes with spaces), the tensors.
+    The library's own writers make a second copy of everything, under the GIL.
+    """
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        assert (tensor.dtype, tensor.device.type) == (torch.float32, "cpu"), name
+        end = offset + 4 * tensor.numel()
+        header[name] = {
+            "dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]
+        }  # fmt: skip
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for tensor in tensors.values():
+        if tensor.numel():
+            yield tensor.detach().contiguous().view(-1).numpy().data.cast("B")
+
+
+def commit(
+    partial: Path,
+    files: dict[str, Any],
+    *,
+    step: int,
+    cursor: int,
+    complete: bool,
+    facts: dict[str, Any],
+) -> Checkpoint:
+    """Make a checkpoint of the files that lie, fsynced, in `partial`. Raises StorageError."""
+    folder = partial.parent
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "cursor": cursor,
+        "complete": complete,
+        "saved_at": time.time(),
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "safetensors")},
+        "files": files,
+        **facts,
+    }
+    manifest["seal"] = _seal(manifest)
+    try:
+        durable.sync_folder(partial)  # a manifest never stands where its files may yet be lost
+        durable.write_file(partial / MANIFEST, [_text(manifest).encode()])
+        durable.sync_folder(partial)
+        final = _move_to_free_name(partial, folder, step)
+    except OSError as error:
+        raise _cannot_write(folder / f"step-{step:08d}", error) from None
+    try:
+        durable.put_text(folder / "latest", final.name + "\n")
+    except OSError:  # none is better than one that will name what is gone
+        durable.remove(folder / "latest")
     return _checkpoint(final, manifest)
 
 
-def _point(folder: Path, name: str) -> None:
-    partial = folder / "latest.partial"
-    partial.write_text(name + "\n", encoding="utf-8")
-    _sync(partial)
-    partial.replace(folder / "latest")
+def _move_to_free_name(partial: Path, folder: Path, step: int) -> Path:
+    attempt = 0
+    while True:
+        final = folder / (f"step-{step:08d}" + (f"-{attempt}" if attempt else ""))
+        try:
+            if not final.exists():
+                durable.move_folder(partial, final)
+                return final
+        except OSError as error:  # another writer was there first
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        attempt += 1
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _seal(manifest: dict[str, Any]) -> str:
+    """SHA-256 over everything else that a manifest says."""
+    rest = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+def _text(manifest: dict[str, Any]) -> str:
+    """The one way to write it down: no byte of the file can change unnoticed."""
+    return json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+
+
+def prune(folder: Path, newest: Checkpoint, keep: int, token: str = "alone") -> None:
+    """After `newest` was saved: delete all but the newest `keep`, and what broken saves left.
+
+    `newest` stays even where others have later steps. Saves that this start of the run (`token`)
+    has begun since are left alone.
+    """
+    others = [path for path in list_checkpoints(folder) if path != newest.path]
+    with suppress(OSError):
+        for path in others[max(0, keep - 1) :]:  # half removed, they are no checkpoints
+            os.rename(path, path.with_name(f".{path.name}.gone"))  # noqa: PTH104
+        durable.sync_folder(folder)
+    for path in [*folder.glob(".step-*.partial"), *folder.glob(".step-*.gone")]:
+        step, ours = re.match(r"\.step-(\d+)", path.name), f".{token}.partial"
+        if not path.name.endswith(ours) or (step and int(step[1]) <= newest.step):
+            durable.remove(path)
+
+
+# --- finding and verifying
 
 
 def _checkpoint(path: Path, manifest: dict[str, Any]) -> Checkpoint:
@@ -115,42 +242,70 @@ def _checkpoint(path: Path, manifest: dict[str, Any]) -> Checkpoint:
     )
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of one checkpoint, its files verified. Raises CheckpointError."""
+KEYS = {
+    "step": int,
+    "cursor": int,
+    "plan_digest": str,
+    "data_digest": str,
+    "complete": bool,
+    "files": dict,
+}
+
+
+def read_manifest(path: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    """The manifest of one checkpoint, its files verified. Raises CheckpointError.
+
+    `part` of `parts`: every so manieth file only, where several workers share the work.
+    """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
+        text = (path / MANIFEST).read_bytes().decode()
+        manifest = json.loads(text)
+        if manifest["format"] not in (1, FORMAT):
             raise CheckpointError(
                 f"checkpoint {path} has format {manifest['format']}, this version reads {FORMAT}; "
                 "use the version that wrote it"
             )
-        for name, wanted in manifest["files"].items():
-            if Path(name).name != name:
-                raise CheckpointError(f"checkpoint {path} names the file {name!r} outside itself")
-            found = _fingerprint(path / name)
-            if found != wanted:
-                raise CheckpointError(
-                    f"checkpoint {path} is damaged: {name} has {found['size']} bytes, SHA-256 "
-                    f"{found['sha256'][:12]}…, not {wanted['size']}, {wanted['sha256'][:12]}…"
-                )
+        sealed = manifest["format"] == 1 or manifest["seal"] == _seal(manifest)
+        if not sealed or (manifest["format"] > 1 and text != _text(manifest)):
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: its {MANIFEST} does not say what was written"
+            )
         for key, kind in KEYS.items():
             if not isinstance(manifest[key], kind):
                 raise CheckpointError(f"checkpoint {path}: {key} is {manifest[key]!r}")
+        named = NAME.fullmatch(path.name)
+        if named and int(named[1]) != manifest["step"]:
+            raise CheckpointError(
+                f"checkpoint {path} holds step {manifest['step']}; its folder was renamed"
+            )
+        for name in sorted(manifest["files"])[part::parts]:
+            _check_file(path, name, manifest["files"][name])
     except OSError as error:
         name = Path(error.filename or path).name
         raise CheckpointError(f"checkpoint {path} lacks {name}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} has a broken manifest: {error!r}") from None
     return manifest
 
 
-KEYS = {"step": int, "cursor": int, "plan_digest": str, "data_digest": str, "complete": bool}
+def _check_file(path: Path, name: str, wanted: Fingerprint) -> None:
+    if Path(name).name != name:
+        raise CheckpointError(f"checkpoint {path} names the file {name!r} outside itself")
+    if not (path / name).is_file() or (path / name).is_symlink():
+        raise CheckpointError(f"checkpoint {path} lacks {name}")
+    found = durable.fingerprint(path / name)
+    if any(found[key] != wanted[key] for key in ("size", "sha256")):
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: {name} has {found['size']} bytes, SHA-256 "
+            f"{found['sha256'][:12]}…, not {wanted['size']}, {wanted['sha256'][:12]}…"
+        )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first; verified or not."""
-    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    found = [(NAME.fullmatch(path.name), path) for path in folder.glob("step-*")]
+    order = [(int(m[1]), int(m[2] or 0), path) for m, path in found if m]
+    return [path for _, _, path in sorted(order, reverse=True)]
 
 
 def newest_checkpoint(
@@ -162,46 +317,129 @@ def newest_checkpoint(
     """
     for path in list_checkpoints(folder):
         try:
-            manifest = read_manifest(path)
+            return checkpoint_at(path)
         except CheckpointError as error:
             say(f"{error}; set aside, an older one is used")
-            if set_aside and path.exists():
-                path.replace(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
-            continue
-        return _checkpoint(path, manifest), manifest
+            if set_aside:
+                put_aside(path)
     return None
 
 
-def load_state(checkpoint: Checkpoint) -> State:
-    """The tensors of a verified checkpoint. Raises CheckpointError."""
+def checkpoint_at(path: Path, part: int = 0, parts: int = 1) -> tuple[Checkpoint, dict[str, Any]]:
+    """One checkpoint and its manifest, verified as `read_manifest` does. Raises CheckpointError."""
+    manifest = read_manifest(path, part, parts)
+    return _checkpoint(path, manifest), manifest
+
+
+def put_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that it can be looked at and is not met again.
+
+    Where that is not permitted it stays, to be refused again.
+    """
+    with suppress(OSError):
+        os.rename(path, path.with_name(f"damaged-{path.name}-{time.time_ns()}"))  # noqa: PTH104
+
+
+# --- reading
+
+
+class Reader:
+    """The tensors of a verified checkpoint, whole or in part, whoever wrote which of them.
+
+    Holds the files open; nothing is read before it is asked for. Raises CheckpointError where
+    they do not make up whole parameters.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.shapes: dict[str, torch.Size] = {}
+        self._slices: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}
+        with ExitStack() as stack, _as_checkpoint_error(path):
+            for name, entry in manifest["files"].items():
+                self._add(stack.enter_context(safe_open(path / name, framework="pt")), entry)
+            sharded = manifest.get("shapes")
+            if sharded is not None:
+                self.shapes = {name: torch.Size(shape) for name, shape in sharded.items()}
+            for (name, key), slices in self._slices.items():
+                slices.sort(key=lambda piece: piece[:2])
+                ends = [0, *(stop for _, stop, _ in slices)]
+                starts = [*(start for start, _, _ in slices), math.prod(self.shapes[name])]
+                if starts != ends:
+                    raise CheckpointError(f"checkpoint {path} does not hold all of {key} of {name}")
+            if missing := self.shapes.keys() - {name for name, _ in self._slices}:
+                raise CheckpointError(f"checkpoint {path} lacks {min(missing)}")
+            self._stack = stack.pop_all()
+
+    def _add(self, file: Any, entry: dict[str, Any]) -> None:
+        for tensor in file.keys():  # noqa: SIM118
+            key, _, name = tensor.partition("/")
+            shape = file.get_slice(tensor).get_shape()
+            if "slices" in entry:
+                start, stop = entry["slices"][name]
+                if shape != [stop - start]:
+                    raise CheckpointError(f"checkpoint {self.path}: {tensor} is {shape}")
+            else:
+                start, stop = 0, math.prod(shape)
+                self.shapes[name] = torch.Size(shape)
+            self._slices.setdefault((name, key), []).append((start, stop, (file, tensor)))
+
+    def keys(self, name: str) -> list[str]:
+        """Which of weight, exp_avg, exp_avg_sq there are of a parameter."""
+        return [key for owner, key in self._slices if owner == name]
+
+    def part(self, name: str, key: str, start: int, stop: int) -> torch.Tensor:
+        """Elements start … stop − 1 of the flattened parameter → fp32 [stop − start]."""
+        with _as_checkpoint_error(self.path):
+            found = []
+            for first, last, (file, tensor) in self._slices[name, key]:
+                low, high = max(start, first), min(stop, last)
+                if low < high:
+                    flat = file.get_tensor(tensor).reshape(-1)
+                    found.append(flat[low - first : high - first])
+            return torch.cat(found) if found else torch.empty(0)
+
+    def whole(self, name: str, key: str) -> torch.Tensor:
+        """A parameter's weight or moment → fp32, of its shape."""
+        shape = self.shapes[name]
+        return self.part(name, key, 0, math.prod(shape)).reshape(shape)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@contextmanager
+def _as_checkpoint_error(path: Path) -> Iterator[None]:
     try:
-        tensors = load_file(checkpoint.path / STATE)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint.path} can't be read: {error}") from None
-    state: State = {}
-    for key, tensor in tensors.items():
-        part, _, name = key.partition("/")
-        state.setdefault(name, {})[part] = tensor
-    return state
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} can't be read: {error}") from None
 
 
-def check_state(state: State, wanted: dict[str, torch.Size], path: Path) -> None:
-    """Whether a state is of this model. Raises CheckpointError."""
-    if odd := sorted(state.keys() ^ wanted.keys()):
+def load_state(
+    checkpoint: Checkpoint, keys: tuple[str, ...] = ("weight", "exp_avg", "exp_avg_sq")
+) -> State:
+    """The tensors of a verified checkpoint, whole. Raises CheckpointError."""
+    with _as_checkpoint_error(checkpoint.path):
+        manifest = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))
+    reader = Reader(checkpoint.path, manifest)
+    try:
+        return {
+            name: {key: reader.whole(name, key) for key in keys if key in reader.keys(name)}
+            for name in reader.shapes
+        }
+    finally:
+        reader.close()
+
+
+def check_shapes(shapes: dict[str, torch.Size], wanted: dict[str, torch.Size], path: Path) -> None:
+    """Whether a checkpoint is of this model. Raises CheckpointError."""
+    if odd := sorted(shapes.keys() ^ wanted.keys()):
         raise CheckpointError(
             f"checkpoint {path} is of another model: {len(odd)} parameters differ, first {odd[0]}"
         )
     for name, shape in wanted.items():
-        if state[name]["weight"].shape != shape:
+        if shapes[name] != shape:
             raise CheckpointError(
-                f"checkpoint {path}: {name} is {tuple(state[name]['weight'].shape)}, "
+                f"checkpoint {path}: {name} is {tuple(shapes[name])}, "
                 f"and the model wants {tuple(shape)}"
             )
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what broken saves left."""
-    for path in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob("*.partial"):
-        shutil.rmtree(path, ignore_errors=True)

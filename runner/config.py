@@ -235,8 +235,12 @@ class KernelsSection(Section):
 
 
 class CheckpointSection(Section):
-    every_steps: Positive = 100
-    """Optimizer steps between checkpoints; the last step always has one."""
+    every_steps: Positive | Auto = "auto"
+    """Optimizer steps between checkpoints; the last step always has one. auto: every √(2 · C · M)
+    seconds, C what a save was measured to cost and M `hours_between_failures`."""
+    hours_between_failures: Annotated[float, Field(gt=0)] = 24
+    """Mean time between failures of the whole run, for `every_steps: auto`; lower on machines that
+    may be taken away."""
     keep: Positive = 2
     """Checkpoints kept on disk, the newest ones."""
 

@@ -27,6 +27,12 @@ from trimpot.runner.types import Plan
 
 State = dict[str, dict[str, torch.Tensor]]
 """{parameter name: {"weight" | "exp_avg" | "exp_avg_sq": fp32 tensor of the parameter's shape}}."""
+Share = dict[str, tuple[int, dict[str, torch.Tensor]]]
+"""What one worker holds of it: {name: (first element, {key: fp32 [elements], flattened})}."""
+ReadWhole = Callable[[str, str], torch.Tensor]
+"""(parameter name, key) → fp32 tensor of the parameter's shape, from a checkpoint."""
+ReadPart = Callable[[str, str, int, int], torch.Tensor]
+"""(parameter name, key, start, stop) → elements start … stop − 1 of it, flattened."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -117,15 +123,15 @@ class Engine:
         return deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3)
 
     def state(self) -> State:
-        """fp32 weights and moments of what is trained. Every worker must call; all get it.
-
-        Moments are absent before the first step.
+        """A copy of the fp32 weights and moments of what is trained, on the CPU. Every worker must
+        call; all get it. Moments are absent before the first step.
         """
+        self._link_moments()
         found: State = {}
         for name, parameter in self.names.items():
             get = self._reader(parameter)
             values = {key: get(key) for key in ("weight", *MOMENTS)}
-            found[name] = {k: v.detach().cpu().float() for k, v in values.items() if v is not None}
+            found[name] = {k: _copied(v) for k, v in values.items() if v is not None}
         return found
 
     def _reader(self, parameter: nn.Parameter) -> Callable[[str], torch.Tensor | None]:
@@ -141,6 +147,68 @@ class Engine:
         state = self.optimizer.state.get(master, {})
         return lambda key: master if key == "weight" else state.get(key)
 
+    def share(self) -> Share:
+        """A copy of this worker's part of what `state` gives, on the CPU, after at least one step.
+
+        Together the workers' parts are everything, once. Nothing is sent between them.
+        """
+        self._link_moments()
+        rank, world = ranks()
+        found: Share = {}
+        for name, parameter in self.names.items():
+            start, stop = held = self._extent(parameter)
+            if not self.zero_stage:  # everyone holds all of it
+                start, stop = stop * rank // world, stop * (rank + 1) // world
+            if start < stop:
+                values = {
+                    key: _copied(self._local(parameter, key)[start - held[0] : stop - held[0]])
+                    for key in ("weight", *MOMENTS)
+                }
+                found[name] = (start, values)
+        return found
+
+    def shapes(self) -> dict[str, list[int]]:
+        """{name: shape} of what is trained, also where ZeRO-3 has partitioned it."""
+        return {n: list(getattr(p, "ds_shape", p.shape)) for n, p in self.names.items()}
+
+    def _link_moments(self) -> None:
+        """Stages 1 and 2 link parameters to their moments after the first group's first step, when
+        a second group (weight decay makes two) has none yet, and never again (DeepSpeed 0.19)."""
+        relink = getattr(self.inner.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if self.zero_stage in (1, 2) and relink is not None:
+            self.inner.optimizer._hp_optimizer_states_linked = False
+            relink()
+
+    def _extent(self, parameter: Any) -> tuple[int, int]:
+        """(start, stop) of the elements whose master and moments this worker holds.
+
+        Stages 1 and 2 cut the concatenation of all parameters into equal parts, wherever that
+        falls; stage 3 cuts each parameter, and pads the last part.
+        """
+        if self.zero_stage == 3:
+            size = parameter.ds_tensor.numel()
+            start = min(dist.get_rank() * size, parameter.ds_numel)
+            return start, min(start + size, parameter.ds_numel)
+        if self.zero_stage:
+            mapping = parameter._hp_mapping
+            at = mapping.lp_fragment_address if mapping is not None else None
+            return (at.start, at.start + at.numel) if at is not None else (0, 0)
+        return 0, parameter.numel()
+
+    def _local(self, parameter: Any, key: str) -> torch.Tensor:
+        """The fp32 elements of `_extent`, flattened; at stage 3 with its padding."""
+        if self.zero_stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+            if key == "weight":
+                return safe_get_local_fp32_param(parameter)
+            return safe_get_local_optimizer_state(parameter, key)
+        if self.zero_stage:
+            return parameter._hp_mapping.get_hp_fragment(None if key == "weight" else key)
+        master = self._master(parameter)
+        tensor = master if key == "weight" else self.optimizer.state[master][key]
+        return tensor.detach().view(-1)
+
     def _master(self, parameter: nn.Parameter) -> torch.Tensor:
         """The fp32 tensor that the optimizer steps at stage 0: bf16 runs keep a copy apart."""
         wrapped = self.inner.optimizer
@@ -152,13 +220,18 @@ class Engine:
                     return master
         raise AssertionError("a trained parameter that the optimizer does not hold")
 
-    def load_moments(self, state: State, step: int) -> None:
-        """Put back what `state()` gave, after `step` steps. Weights must stand in the model
-        already, from before DeepSpeed took it over: later, its bf16 copy would be stale."""
+    def load_moments(self, read: ReadPart, step: int) -> None:
+        """Put back what `state()` or all `share()`s gave, after `step` steps.
+
+        Each worker reads what it holds. Weights must stand in the model already, from before
+        DeepSpeed took it over: later, its bf16 copy would be stale.
+        """
         self._make_moments()
+        self._link_moments()
         for name, parameter in self.names.items():
-            for key in ("weight", *MOMENTS):
-                self._write(parameter, key, state[name][key])
+            start, stop = self._extent(parameter)
+            for key in ("weight", *MOMENTS) if start < stop else ():
+                self._write(parameter, key, read(name, key, start, stop))
         self.set_step(step)
 
     def set_step(self, step: int) -> None:
@@ -167,19 +240,18 @@ class Engine:
             if "step" in moments:
                 moments["step"] = torch.full_like(moments["step"], float(step))
 
-    def _write(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
-        if self.zero_stage:
-            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-            if key == "weight":
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, key)
+    def _write(self, parameter: Any, key: str, value: torch.Tensor) -> None:
+        if self.zero_stage != 3:
+            with torch.no_grad():
+                self._local(parameter, key).copy_(value)
             return
-        master = self._master(parameter)
-        target = master if key == "weight" else self.optimizer.state[master][key]
-        with torch.no_grad():
-            target.copy_(value)
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        value = nn.functional.pad(value, (0, parameter.ds_tensor.numel() - len(value)))
+        if key == "weight":
+            safe_set_local_fp32_param(parameter, value)
+        else:
+            safe_set_local_optimizer_state(parameter, value, key)
 
     def _make_moments(self) -> None:
         """One step with learning rate 0 and gradient 0: until then Adam has no moments."""
@@ -239,20 +311,39 @@ def _groups(plan: Plan, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
     return [{"params": part, "weight_decay": value} for part, value in groups if part]
 
 
-def load_weights(model: nn.Module, state: State, zero_stage: int) -> None:
-    """Copy trained weights into a model that `start_engine` has not yet seen."""
+def load_weights(model: nn.Module, read: ReadWhole, zero_stage: int) -> None:
+    """Copy trained weights into a model that `start_engine` has not yet seen, one by one."""
     import deepspeed
 
-    named = dict(model.named_parameters())
-    for name, tensors in state.items():
-        parameter = named[name]
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         partitioned = zero_stage == 3 and hasattr(parameter, "ds_id")
         with (
             deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned),
             torch.no_grad(),
         ):
             if not partitioned or dist.get_rank() == 0:
-                parameter.copy_(tensors["weight"])
+                parameter.copy_(read(name, "weight"))
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def first_text(text: str) -> str:
+    """The first text of a worker, by rank, that is not empty; every worker must call."""
+    raw = text.encode()[:4096]
+    tensor = torch.zeros(4096 + 2, dtype=torch.int32)
+    tensor[0] = len(raw)
+    tensor[1 : 1 + len(raw)] = torch.tensor(list(raw), dtype=torch.int32)
+    tensor = tensor.to(device())
+    gathered = [torch.empty_like(tensor) for _ in range(ranks()[1])]
+    dist.all_gather(gathered, tensor)
+    for found in gathered:
+        if length := int(found[0]):
+            return bytes(found[1 : 1 + length].tolist()).decode(errors="replace")
+    return ""
 
 
 def sum_over_workers(values: list[float]) -> list[float]:

@@ -50,5 +50,9 @@ class TrainError(TrimpotError):
     """Training itself failed: a loss that is not finite, a worker that died."""
 
 
+class SaveError(TrimpotError):
+    """What was trained could not be saved at the end, or where the run was told to stop."""
+
+
 class ExportError(TrimpotError):
     """What would be written does not compute what was trained."""

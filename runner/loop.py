@@ -34,15 +34,14 @@ def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:
 
 
 def run_loop(
-    plan: Plan, engine: Engine, data: Compiled, first: int, stopped: Callable[[], bool]
-) -> Iterator[tuple[StepReport, bool]]:
-    """Optimizer steps `first` … total, each with whether to stop after it.
+    plan: Plan, engine: Engine, data: Compiled, first: int, signals: Callable[[], list[float]]
+) -> Iterator[tuple[StepReport, list[float]]]:
+    """Optimizer steps `first` … total, each with what the workers signal to each other.
 
-    `stopped` is asked on rank 0 and its answer reaches all workers with the step's loss, so that
-    they stop at the same step.
+    `signals` is asked on every worker at the end of a step, and the sums over all workers reach
+    each of them with the step's loss, so that they stop and save at the same step.
     """
     assert plan.total_steps is not None
-    rank, _ = ranks()
     cursor = Cursor(len(data), plan.config.seed)
     lengths, trained = data.lengths, data.trained_lengths
     for step in range(first, plan.total_steps + 1):
@@ -54,7 +53,7 @@ def run_loop(
         tokens = int(trained[indices].sum())
         micros = deal(indices, lengths, plan.micro_batch_size)
         local = _train_step(plan, engine, data, step, micros, tokens)
-        total, stop = sum_over_workers([local, float(rank == 0 and stopped())])
+        total, *signalled = sum_over_workers([local, *signals()])
         loss = total / tokens
         if not math.isfinite(loss):
             raise TrainError(
@@ -71,7 +70,7 @@ def run_loop(
             seconds=time.perf_counter() - start,
             memory_bytes=memory_bytes(),
         )
-        yield report, stop > 0
+        yield report, signalled
 
 
 def _train_step(

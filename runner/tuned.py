@@ -9,12 +9,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from trimpot.runner import hub
 from trimpot.runner.adapters.peft_io import load_adapter, put_adapter
-from trimpot.runner.checkpoint import STATE, newest_checkpoint
+from trimpot.runner.checkpoint import load_state, newest_checkpoint
 from trimpot.runner.errors import CheckpointError, TrimpotError
 from trimpot.runner.plan.plan import plan_from_json
 from trimpot.runner.quantized import dequantise_layers, load_nf4
@@ -185,10 +184,5 @@ def _put_weights(model: nn.Module, trained: Trained) -> None:
 def checkpoint_weights(trained: Trained) -> dict[str, torch.Tensor]:
     """{parameter: fp32 weight} of the run's checkpoint, without the optimizer's moments."""
     assert trained.checkpoint is not None
-    path = trained.checkpoint.path
-    try:
-        with safe_open(path / STATE, framework="pt") as file:
-            names = [key for key in file.keys() if key.startswith("weight/")]  # noqa: SIM118
-            return {key.removeprefix("weight/"): file.get_tensor(key) for key in names}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {path} can't be read: {error}") from None
+    state = load_state(trained.checkpoint, keys=("weight",))
+    return {name: values["weight"] for name, values in state.items()}

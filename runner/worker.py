@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -14,21 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from trimpot.kernels.heap import give_back_freed_memory, keep_freed_memory
 from trimpot.runner import engine as engines
 from trimpot.runner.adapters.peft_io import save_adapter
 from trimpot.runner.checkpoint import (
-    check_state,
+    Reader,
+    check_shapes,
+    checkpoint_at,
+    list_checkpoints,
     load_state,
-    newest_checkpoint,
     prune,
-    save_checkpoint,
+    put_aside,
 )
 from trimpot.runner.data.compile import Compiled, load_splits
 from trimpot.runner.data.fill import fill_of
-from trimpot.runner.engine import Engine, State, start_engine
-from trimpot.runner.errors import CheckpointError, DataError, StorageError, TrimpotError
+from trimpot.runner.engine import Engine, start_engine
+from trimpot.runner.errors import (
+    CheckpointError,
+    DataError,
+    SaveError,
+    StorageError,
+    TrimpotError,
+)
 from trimpot.runner.journal import Journal
 from trimpot.runner.loop import held_out_loss, run_loop
 from trimpot.runner.model import (
@@ -39,57 +50,80 @@ from trimpot.runner.model import (
 )
 from trimpot.runner.plan.plan import plan_from_json
 from trimpot.runner.sample import answer_prompts
+from trimpot.runner.saver import Failed, Pace, Saved, Saver
 from trimpot.runner.types import Checkpoint, Event, Plan, StepReport
 
 Report = Callable[[StepReport | Event], None]
 VERSIONS = ("trimpot", "torch", "deepspeed", "transformers", "ray", "numpy", "safetensors")
+CANDIDATES = 64
+"""Checkpoints that are tried, from the newest, before a run starts over."""
 log = logging.getLogger(__name__)
 
 
-def train(plan: Plan, report: Report) -> Checkpoint:
+def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False) -> Checkpoint:
     """Train what the plan says, from where the run directory's newest checkpoint stands.
 
     Every worker of the process group must call. `report` hears rank 0's steps and events.
-    Returns the last checkpoint, which is `complete` unless the run was told to stop
-    (by a file RUN/stop).
+    Returns the last checkpoint, which is `complete` unless the run was told to stop: by a file
+    RUN/stop, or by `asked` on any worker.
     """
     clock = Phases(report)
     run = Path(plan.run_dir)
     data, held_out = _data(run)
     assert plan.total_steps is not None
-    rank, _ = engines.ranks()
 
     model = build_model(plan, engines.deepspeed_config(plan))
     parameters, trained = count_parameters(model)
     clock.tell("model")
-    found = newest_checkpoint(run / "checkpoints", _warn(report), set_aside=rank == 0)
-    state: State | None = None
-    if found is not None:
-        state = _matching_state(plan, data, model, *found)
-        engines.load_weights(model, state, plan.zero_stage)
+    found = _newest_good(run / "checkpoints", report)
+    reader = _matching(plan, data, model, *found) if found is not None else None
+    if reader is not None:
+        engines.load_weights(model, reader.whole, plan.zero_stage)
     engine = start_engine(plan, model)
-    if found is not None and state is not None:
-        engine.load_moments(state, found[0].step)
-        del state
+    if found is not None and reader is not None:
+        engine.load_moments(reader.part, found[0].step)
+        reader.close()
     clock.tell("engine")
     first = found[0].step + 1 if found else 1
     report(_start(plan, model, data, held_out, parameters, trained, first))
-    session = Session(plan, engine, data, held_out, report)
+    session = Session(plan, engine, data, held_out, report, found[0] if found else None, asked)
     if first == 1:
         session.evaluate(0)
         session.show("before")
         clock.tell("first look")
-    last = found[0] if found else None
-    for step, stop in run_loop(plan, engine, data, first, (run / "stop").exists):
-        last = session.after(step, stop) or last
-        if step.step == first:
-            clock.tell("first step")
-        if stop and step.step < plan.total_steps:
-            assert last is not None
-            return last
-    assert last is not None
-    session.show("after")
-    return last
+    try:
+        for step, signals in run_loop(plan, engine, data, first, session.signals):
+            stopped = session.after(step, signals)
+            if step.step == first:
+                clock.tell("first step")
+            if stopped:
+                break
+    finally:
+        session.saver.close()
+    assert session.last is not None
+    if session.last.complete:
+        session.show("after")
+    return session.last
+
+
+def _newest_good(folder: Path, report: Report) -> tuple[Checkpoint, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, the same on all workers: each checks a part of its
+    files. A damaged one is named, and set aside."""
+    rank, world = engines.ranks()
+    newest = list_checkpoints(folder)[:CANDIDATES] if rank == 0 else []
+    names = engines.first_text("\n".join(path.name for path in newest))
+    for path in (folder / name for name in names.splitlines()):
+        found, fault = None, ""
+        try:
+            found = checkpoint_at(path, rank, world)
+        except CheckpointError as error:
+            fault = str(error)
+        if not (fault := engines.first_text(fault)):
+            return found
+        report(Event("warning", {"text": f"{fault}; set aside, an older one is used"}))
+        if rank == 0:
+            put_aside(path)
+    return None
 
 
 def _data(run: Path) -> tuple[Compiled, Compiled | None]:
@@ -102,13 +136,9 @@ def _data(run: Path) -> tuple[Compiled, Compiled | None]:
     return splits
 
 
-def _warn(report: Report) -> Callable[[str], None]:
-    return lambda text: report(Event("warning", {"text": text}))
-
-
-def _matching_state(
+def _matching(
     plan: Plan, data: Compiled, model: torch.nn.Module, at: Checkpoint, manifest: dict[str, Any]
-) -> State:
+) -> Reader:
     """The checkpoint's tensors, if they belong to this plan, data and model."""
     if at.plan_digest != plan.digest:
         raise CheckpointError(
@@ -120,39 +150,71 @@ def _matching_state(
             f"the data changed since checkpoint {at.path} was saved; "
             "put it back, start over with --fresh, or choose another output_dir"
         )
-    state = load_state(at)
+    reader = Reader(at.path, manifest)
     wanted = {
         name: torch.Size(getattr(p, "ds_shape", p.shape))
         for name, p in model.named_parameters()
         if p.requires_grad
     }
-    check_state(state, wanted, at.path)
-    return state
+    check_shapes(reader.shapes, wanted, at.path)
+    return reader
 
 
 class Session:
     """What happens around the steps of one start of a run."""
 
     def __init__(
-        self, plan: Plan, engine: Engine, data: Compiled, held_out: Compiled | None, report: Report
+        self,
+        plan: Plan,
+        engine: Engine,
+        data: Compiled,
+        held_out: Compiled | None,
+        report: Report,
+        last: Checkpoint | None,
+        asked: Callable[[], bool],
     ):
+        """`last`: the checkpoint that this start goes on from."""
         self.plan, self.engine, self.data, self.held_out = plan, engine, data, held_out
-        self.report = report
+        self.report, self.last, self.asked = report, last, asked
         self.run = Path(plan.run_dir)
         self.rank, self.world = engines.ranks()
+        section = plan.config.checkpoint
+        token = engines.first_text(secrets.token_hex(4) if self.rank == 0 else "")
+        self.saver = Saver(self.run / "checkpoints", section.keep, self.rank, self.world, token)
+        self.pace: Pace | None = None
+        if section.every_steps == "auto" and self.rank == 0:
+            self.pace = Pace(section.hours_between_failures)
+        self.trouble = ""
+        """Why the newest save failed, while none has succeeded since."""
 
-    def after(self, step: StepReport, stop: bool) -> Checkpoint | None:
-        """Evaluate and save where the plan says so, then report the step."""
-        config, saved = self.plan.config, None
+    def signals(self) -> list[float]:
+        """What this worker tells the others with each step."""
+        stop = self.asked() or (self.rank == 0 and (self.run / "stop").exists())
+        due = self.pace is not None and self.pace.due() and self.saver.job is None
+        return [float(stop), float(due), *self.saver.progress()]
+
+    def after(self, step: StepReport, signals: list[float]) -> bool:
+        """Evaluate and save where the plan says so, then report the step → whether to stop."""
+        stop, due, written, failed = signals
+        self._hear(self.saver.advance(written, failed))
+        config = self.plan.config
         final = step.step == self.plan.total_steps
         every = config.evaluation.every_steps
         if final or (every and step.step % every == 0):
             step = replace(step, held_out_loss=self.evaluate(step.step))
-        if final or stop or step.step % config.checkpoint.every_steps == 0:
-            saved = self.save(step.step, complete=final)
+        every = config.checkpoint.every_steps
+        if final or stop:
+            try:
+                saved = self.save(step.step, complete=final)
+            except SaveError:
+                self.report(step)  # it was done
+                raise
             step = replace(step, checkpoint=saved.path.name)
+        elif due or (every != "auto" and step.step % every == 0):
+            self._hear(self.saver.finish())
+            self._begin(step.step, complete=False)
         self.report(step)
-        return saved
+        return bool(stop)
 
     def evaluate(self, step: int) -> float | None:
         if self.held_out is None:
@@ -175,44 +237,91 @@ class Session:
             values = {"when": when, "prompt": question, "answer": answer, "reference": reference}
             self.report(Event("sample", values))
 
-    def save(self, step: int, complete: bool) -> Checkpoint:
-        start = time.perf_counter()
-        state = self.engine.state()  # a collective under ZeRO: every worker calls
-        folder = self.run / "checkpoints"
+    def _begin(self, step: int, complete: bool) -> None:
+        """Copy what is trained, and have it written. Under ZeRO every worker must call."""
+        began = time.perf_counter()
+        config = self.plan.config
+        sharded = self.world > 1 and config.method != "lora"
         facts = {
             "plan_digest": self.plan.digest,
             "data_digest": self.data.digest,
             "world_size": self.world,
             "zero_stage": self.plan.zero_stage,
-            "method": self.plan.config.method,
+            "method": config.method,
+            **({"shapes": self.engine.shapes()} if sharded else {}),
         }
-        cursor = step * self.plan.config.optim.batch_size
-        path, failure = folder / f"step-{step:08d}", ""
-        saved = Checkpoint(path, step, cursor, self.plan.digest, "", complete)
-        if self.rank == 0:
-            try:
-                saved = save_checkpoint(
-                    folder, state, step=step, cursor=cursor, complete=complete, facts=facts
-                )
-                prune(folder, self.plan.config.checkpoint.keep)
-                if complete and self.plan.config.method == "lora":
-                    self._write_adapter(state)
-            except StorageError as error:
-                failure = str(error)
-        # The others wait until it is durable, and stop with rank 0 where it can't be.
-        if engines.sum_over_workers([float(bool(failure))])[0]:
-            raise StorageError(failure or f"checkpoint {path} could not be written by rank 0")
-        seconds = time.perf_counter() - start
-        self.report(Event("checkpoint", {"step": step, "path": str(path), "seconds": seconds}))
-        return saved
+        self.saver.begin(
+            self.engine.share() if sharded else self.engine.state(),
+            sharded=sharded,
+            began=began,
+            step=step,
+            cursor=step * config.optim.batch_size,
+            complete=complete,
+            facts=facts,
+        )
+        if self.pace is not None:
+            self.pace.begun()
 
-    def _write_adapter(self, state: State) -> None:
-        tensors = {name: values["weight"] for name, values in state.items()}
+    def _hear(self, outcomes: list[Saved | Failed]) -> None:
+        """Tell what became of a save. Of several failures in a row only the first is news."""
+        for outcome in outcomes:
+            if isinstance(outcome, Failed):
+                if not self.trouble:
+                    text = f"step {outcome.step} is not saved: {outcome.why}; the run goes on"
+                    self.report(Event("warning", {"text": text}))
+                self.trouble = outcome.why
+                continue
+            saved = self.last = outcome.checkpoint
+            self.trouble = ""
+            values: dict[str, Any] = {"step": saved.step, "path": str(saved.path)}
+            values |= {"seconds": outcome.seconds, "stall_seconds": outcome.stall_s}
+            if self.pace is not None:
+                self.pace.measured(outcome)
+                values["next_seconds"] = self.pace.every_s
+            self.report(Event("checkpoint", values))
+
+    def save(self, step: int, complete: bool) -> Checkpoint:
+        """Save, and wait until that is durable. Raises SaveError on all workers."""
+        self._hear(self.saver.finish())
+        self._begin(step, complete)
+        self._hear(self.saver.finish())
+        # What worker 0 says counts: it alone knows of the commit.
+        if engines.first_text(self.trouble if self.rank == 0 else ""):  # once more, with more room
+            if self.rank == 0 and self.last is not None:
+                prune(self.run / "checkpoints", self.last, keep=1)
+            self._begin(step, complete)
+            self._hear(self.saver.finish())
+        if not self.trouble and complete and self.rank == 0:
+            self.trouble = self._write_adapter()
+        if why := engines.first_text(self.trouble if self.rank == 0 else ""):
+            raise SaveError(self._missing(step, why))
+        if self.rank:  # only worker 0 knows the rest
+            path = self.run / "checkpoints" / f"step-{step:08d}"
+            cursor = step * self.plan.config.optim.batch_size
+            self.last = Checkpoint(path, step, cursor, self.plan.digest, "", complete)
+        assert self.last is not None
+        return self.last
+
+    def _missing(self, step: int, why: str) -> str:
+        kept, there = 0, "there is no checkpoint"
+        if self.last is not None:
+            kept, there = self.last.step, f"{self.last.path} is the newest checkpoint"
+        lost = f"steps {kept + 1} to {step} are lost" if kept < step else "no step is lost"
+        return f"{why}; {lost}, {there}; make room, and start again: it goes on from there"
+
+    def _write_adapter(self) -> str:
+        """Write RUN/adapter from the checkpoint that was just saved → what went wrong."""
         config = self.plan.config
+        if config.method != "lora":
+            return ""
+        assert self.last is not None
         try:
+            state = load_state(self.last, keys=("weight",))
+            tensors = {name: values["weight"] for name, values in state.items()}
             save_adapter(tensors, config.adapter, self.plan.model_path, self.run / "adapter")
-        except OSError as error:
-            raise StorageError(f"{self.run}/adapter can't be written: {error}") from None
+        except (OSError, SafetensorError, CheckpointError) as error:
+            return f"{self.run}/adapter can't be written: {error}"
+        return ""
 
 
 class Phases:
@@ -272,11 +381,16 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def run_worker(plan_json: str, started: float, handed: float | None = None) -> dict[str, Any]:
+def run_worker(
+    plan_json: str,
+    started: float,
+    handed: float | None = None,
+    asked: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """Join the workers, train, leave: what a launcher calls in each worker process.
 
     `started`, `handed`: time.time() when this process began its work, and when the launcher
-    began to look for room for it. Returns {step, complete, seconds}.
+    began to look for room for it. `asked`: as of `train`. Returns {step, complete, seconds}.
     """
     imported = time.time()
     plan = plan_from_json(plan_json)
@@ -297,7 +411,7 @@ def run_worker(plan_json: str, started: float, handed: float | None = None) -> d
     report(Event("phase", {"name": "imports", "seconds": imported - started}))
     report(Event("phase", {"name": "process group", "seconds": time.time() - imported}))
     try:
-        last = train(plan, report)
+        last = train(plan, report, asked)
     except OSError as error:
         raise StorageError(f"{error.filename or run}: {error.strerror or error}") from error
     finally:
@@ -305,6 +419,22 @@ def run_worker(plan_json: str, started: float, handed: float | None = None) -> d
             journal.close()
     engines.leave_workers()
     return {"step": last.step, "complete": last.complete, "seconds": time.time() - started}
+
+
+def _stop_signals() -> Callable[[], bool]:
+    """From now on SIGINT and SIGTERM finish and save the step → whether one came.
+
+    A second one ends the process.
+    """
+    came: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        came.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return lambda: bool(came)
 
 
 def main() -> int:
@@ -316,7 +446,8 @@ def main() -> int:
         keep_freed_memory()
     try:
         path = Path(sys.argv[1])
-        result = run_worker(path.read_text(encoding="utf-8"), time.time())
+        asked = _stop_signals()
+        result = run_worker(path.read_text(encoding="utf-8"), time.time(), asked=asked)
     except FileNotFoundError as error:
         log.error("%s is not there", error.filename)
         return DataError.exit_code

@@ -2,7 +2,8 @@
 
 Many engines in one process, since a process costs 8 s to start and a tiny run 2. With @STEP a run
 is told to stop after that step, and goes on in a second start.
-Rank 0 writes {argument: [loss of each step], "argument#held-out": [held-out losses]} to RESULT.
+Rank 0 writes {argument: [loss of each step], "argument#held-out": [held-out losses]} to RESULT, and
+adds the samples of each step to RUN/samples.jsonl.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
-from trimpot.runner import engine
+from trimpot.runner import engine, loop
 from trimpot.runner.plan.plan import plan_from_json
 from trimpot.runner.types import Event, Plan, StepReport
 from trimpot.runner.worker import train
@@ -34,6 +36,25 @@ def run(plan: Plan, stop_after: int | None) -> tuple[list[float], list[float]]:
         elif isinstance(told, Event) and told.kind == "eval":
             held_out.append(told.values["loss"])
 
+    deal = loop.deal
+
+    def watched(indices, *rest):
+        if engine.ranks()[0] == 0:
+            with Path(plan.run_dir, "samples.jsonl").open("a") as file:
+                file.write(json.dumps(indices.tolist()) + "\n")
+        return deal(indices, *rest)
+
+    loop.deal = watched
+    try:
+        train_through(plan, hear, stop_after, flag)
+    finally:
+        loop.deal = deal
+    return losses, held_out
+
+
+def train_through(
+    plan: Plan, hear: Callable[[object], None], stop_after: int | None, flag: Path
+) -> None:
     if stop_after == 1:
         flag.touch()
     last = train(plan, hear)
@@ -44,7 +65,6 @@ def run(plan: Plan, stop_after: int | None) -> tuple[list[float], list[float]]:
         dist.barrier()
         last = train(plan, hear)
     assert last.complete
-    return losses, held_out
 
 
 def main() -> None:

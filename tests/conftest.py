@@ -13,7 +13,7 @@ os.environ |= {
     "OMP_WAIT_POLICY": "passive",
     "TOKENIZERS_PARALLELISM": "true",
 }
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "chaos")]
 
 CACHE = Path(__file__).parent.parent / ".cache"
 

@@ -6,6 +6,7 @@ process, except where the process itself matters.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -21,11 +22,14 @@ from typing import Any
 import pytest
 import toy
 import yaml
+from rich.console import Console
 
 from trimpot.cluster import cli, prepare, train
+from trimpot.cluster.display import Display
 from trimpot.cluster.prepare import prepare_run, run_lock
+from trimpot.runner.errors import SaveError
 from trimpot.runner.run_yaml import load_config
-from trimpot.runner.types import Fleet
+from trimpot.runner.types import Event, Fleet
 
 Mischief = Callable[[Path], Any]
 
@@ -926,3 +930,19 @@ def test_no_heavy_import(cases: list[Case], allowed: set[str], good: Path, tmp_p
     codes, heavy = json.loads(done.stdout)
     assert codes == {case.name: 2 for case in cases}
     assert set(heavy) <= allowed
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_how_the_run_ended(place: Path) -> None:
+    """As on a disk that is full: the error of the run is what must be seen."""
+    with run_lock(place / "run"):
+        plan = prepare_run(load_config(place / "run.yaml"), Fleet(memory_bytes=2**30), False).plan
+    for name in ("report.html", "failure.log"):
+        (place / "run" / name / "in the way").mkdir(parents=True)
+    display = Display(Console(file=io.StringIO()))
+    watcher = train.Watcher(plan, display, started=0.0)
+    watcher.tell(Event("start", {"run_dir": plan.run_dir, "resumed_from": None}))
+    watcher._keep_failure(SaveError("no room"))
+    history = watcher._end("failed", 3, "no room")
+    assert history.end is not None
+    assert (history.end["status"], history.end["error"]) == ("failed", "no room")
+    assert any("report.html can't be written" in event["text"] for event in history.warnings)

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, load_file
 
 from trimpot.runner.checkpoint import (
     MANIFEST,
     STATE,
-    check_state,
+    _seal,
+    _text,
+    check_shapes,
     list_checkpoints,
     load_state,
     newest_checkpoint,
@@ -59,13 +62,56 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 
 def test_the_newest_wins_and_old_ones_go(tmp_path):
-    for step in (5, 30, 9, 1000000000):
-        save(tmp_path, step)
+    saved = {step: save(tmp_path, step) for step in (5, 30, 9, 1000000000)}
     assert [int(p.name[5:]) for p in list_checkpoints(tmp_path)] == [1000000000, 30, 9, 5]
-    (tmp_path / "step-00000031.partial").mkdir()
-    prune(tmp_path, keep=2)
+    for name in (
+        ".step-00000031.other.partial",
+        ".step-00000009.mine.partial",
+        ".step-00000007.gone",
+    ):
+        (tmp_path / name).mkdir()
+    begun_since = tmp_path / ".step-00000031.mine.partial"
+    begun_since.mkdir()
+    prune(tmp_path, saved[30], keep=2, token="mine")
     assert [int(p.name[5:]) for p in list_checkpoints(tmp_path)] == [1000000000, 30]
-    assert not (tmp_path / "step-00000031.partial").exists()
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == [begun_since]
+    prune(tmp_path, saved[30], keep=1)
+    assert list_checkpoints(tmp_path) == [saved[30].path]  # though one has a later step
+
+
+def test_a_step_that_is_saved_again_takes_nothing_away(tmp_path):
+    first, again, third = (save(tmp_path, 3) for _ in range(3))
+    assert [p.name for p in list_checkpoints(tmp_path)] == [
+        "step-00000003-2",
+        "step-00000003-1",
+        "step-00000003",
+    ]
+    found, _ = newest_checkpoint(tmp_path, pytest.fail, set_aside=True)
+    assert (found, found.step) == (third, 3)
+    assert same(load_state(first), load_state(again))
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path):
+    """It had whole tensors and no seal."""
+    saved = save(tmp_path, 3)
+    manifest = json.loads((saved.path / MANIFEST).read_text())
+    del manifest["seal"]
+    (saved.path / MANIFEST).write_text(json.dumps({**manifest, "format": 1}))
+    found, _ = newest_checkpoint(tmp_path, pytest.fail, set_aside=True)
+    assert same(load_state(found), state(3))
+
+
+def test_the_library_reads_what_is_written(tmp_path):
+    """And the other way round: both orders of a file's tensors."""
+    shapes = {"b": (3, 5), "a": (7,), "empty": (0, 2), "one": (), "turned": (6, 4)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    tensors["turned"] = tensors["turned"].t()
+    content = {name: {"weight": tensor} for name, tensor in tensors.items()}
+    saved = save_checkpoint(tmp_path, content, step=1, cursor=0, complete=True, facts=FACTS)
+    for read in (load_file(saved.path / STATE), load(Path(saved.path / STATE).read_bytes())):
+        assert read.keys() == {f"weight/{name}" for name in tensors}
+        assert all(torch.equal(read[f"weight/{name}"], t) for name, t in tensors.items())
+    assert same(load_state(saved), content)
 
 
 def flip(path: Path, at: int) -> None:
@@ -88,12 +134,31 @@ DAMAGES = {
     "a step that is text": lambda c: edit(c, step="3"),
     "no cursor": lambda c: edit(c, cursor=None),
     "a file outside": lambda c: edit(c, files={"../step-00000001/" + STATE: {}}),
+    "a link in place of a file": lambda c: link(c / STATE),
+    "a folder of another step": lambda c: edit(c, step=5),
+    "no list of files": lambda c: edit(c, files=None),
+    "a figure that was changed": lambda c: change(c, cursor=17),
+    "a space that was put in": lambda c: (c / MANIFEST).write_bytes(
+        (c / MANIFEST).read_bytes() + b" "
+    ),
+    "brackets without end": lambda c: (c / MANIFEST).write_text("[" * 100_000),
 }
 
 
-def edit(checkpoint: Path, **changes) -> None:
+def change(checkpoint: Path, **changes) -> None:
     path = checkpoint / MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(_text({**json.loads(path.read_text()), **changes}))
+
+
+def edit(checkpoint: Path, **changes) -> None:
+    """A change by somebody who knows about the seal."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text()) | changes
+    change(checkpoint, **changes, seal=_seal(manifest))
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -155,8 +220,8 @@ def test_a_full_disk_leaves_the_older_one(tmp_path):
 
 def test_a_state_of_another_model_is_refused(tmp_path):
     shapes = {name: values["weight"].shape for name, values in state(0).items()}
-    check_state(state(0), shapes, tmp_path)
+    check_shapes(dict(shapes), shapes, tmp_path)
     with pytest.raises(CheckpointError, match="1 parameters differ, first b"):
-        check_state(state(0), {**shapes, "b": torch.Size([1])}, tmp_path)
+        check_shapes(shapes, {**shapes, "b": torch.Size([1])}, tmp_path)
     with pytest.raises(CheckpointError, match=r"\(64, 4\), and the model wants \(64, 8\)"):
-        check_state(state(0), {**shapes, "a.lora_B": torch.Size([64, 8])}, tmp_path)
+        check_shapes(shapes, {**shapes, "a.lora_B": torch.Size([64, 8])}, tmp_path)

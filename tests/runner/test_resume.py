@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,79 @@ def test_a_run_moves_between_stages_and_world_sizes(model, tmp_path):
     ]
     for key, tensor in adapters[0].items():
         assert (adapters[1][key] - tensor).abs().max() < 1e-4, key
+
+
+MOVES = {
+    "full": [(0, 2, 3), (2, 3, 0), (3, 0, 2)],
+    "freeze": [(3, 2, 3)],
+    "lora": [(0, 3, 2)],
+}
+"""ZeRO stages with 1, then 2, then 1 worker."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "moves",
+    [
+        {"full": [(2, 3, 0)], "lora": [(0, 3, 2)]},
+        pytest.param(MOVES, marks=pytest.mark.chaos, id="every move"),
+    ],
+)
+def test_shards_of_one_fleet_are_taken_up_by_another(model, tmp_path, moves):
+    """1 worker begins, 2 go on, 1 ends: same samples, same losses as the one that went through."""
+    data = tiny_data(tmp_path, 60)
+    optim = {"batch_size": 4, "micro_batch_size": 2, "max_steps": 6, "weight_decay": 0.1}
+    method = {
+        "full": {"method": "full", "adapter": None, "optim": {**optim, "learning_rate": 1e-3}},
+        "freeze": {
+            "method": "freeze",
+            "adapter": None,
+            "freeze": {"trainable": ["model.layers.3.*", "model.norm.weight"]},
+            "optim": {**optim, "learning_rate": 1e-3},
+        },
+        "lora": {"optim": {**optim, "learning_rate": 1e-2}},
+    }
+    runs = [
+        (
+            stages,
+            config(model, data, tmp_path / f"{name}-{stages[0]}", checkpoint=OFTEN, **sections),
+        )
+        for name, sections in method.items()
+        for stages in moves.get(name, [])
+    ]
+    curves, samples = [], []
+    for leg, world in enumerate((1, 2, 1)):
+        plans = []
+        for stages, base in runs:
+            fleet = base.fleet.model_copy(update={"workers": world, "zero_stage": stages[leg]})
+            checked = base.model_copy(update={"fleet": fleet})
+            plans.append(prepared(checked, fresh=leg == 0))
+        curves.append(run_arrangements(world, plans, tmp_path))
+        samples.append([taken(plan) for plan in plans])
+        for plan in plans:
+            folder = Path(plan.run_dir) / "checkpoints"
+            newest = list_checkpoints(folder)
+            assert [int(path.name[5:]) for path in newest] == [6, 4, 2][: len(newest)]
+            shards = len(list((folder / "step-00000006").glob("shard-*-of-00002.safetensors")))
+            assert shards == (2 if world == 2 and plan.config.method != "lora" else 0)
+            for path in newest:  # the next leg begins at step 2, the last one at 4
+                if int(path.name[5:]) > 2 * (leg + 1) and leg < 2:
+                    shutil.rmtree(path)
+    for (stages, _), unbroken, second, third in zip(runs, *curves, strict=True):
+        assert second == pytest.approx(unbroken[2:], abs=1e-4), stages
+        assert third == pytest.approx(unbroken[4:], abs=1e-4), stages
+        assert unbroken[-1] < unbroken[0] - 0.05, stages
+    for unbroken, second, third in zip(*samples, strict=True):
+        assert second == unbroken[2:]
+        assert third == unbroken[4:]
+
+
+OFTEN = {"every_steps": 2, "keep": 9}
+
+
+def taken(plan: Plan) -> list[list[int]]:
+    """The samples of each step since this was last asked."""
+    path = Path(plan.run_dir, "samples.jsonl")
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    path.unlink()
+    return found
