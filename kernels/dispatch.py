@@ -77,16 +77,6 @@ def _cpp(facts: Facts) -> Answer:
     return Answer(True, f"C++, {native.extension().gemm_isa()}")
 
 
-WIDEST_HEAD = 256
-"""Of attention in C++: blocks of keys and queries then stay in an L2 cache of 2 MiB."""
-
-
-def _cpp_attention(facts: Facts) -> Answer:
-    if (width := facts.get("head_dim", 1)) > WIDEST_HEAD:
-        return Answer(False, f"heads are {width} wide, over {WIDEST_HEAD}")
-    return _cpp(facts)
-
-
 ERRORS = {"fp32": "3e-7", "bf16x3": "4e-6", "int16": "1.5e-4", "bf16": "2.9e-3", "int8": "1e-2"}
 """Of a product, in norm, against float64: Gaussian data, 2,048 items of the contraction."""
 FP32 = "fp32"
@@ -141,10 +131,29 @@ def _definition(_: Facts) -> Answer:
     return Answer(True, "plain definition")
 
 
+WIDEST_HEAD = 256
+"""Of attention: in C++ blocks of keys and queries then stay in an L2 cache of 2 MiB, in Triton
+their tiles and sums in the registers."""
+
+
+def _with_heads(judge: Callable[[Facts], Answer]) -> Callable[[Facts], Answer]:
+    """`judge`, for heads that are not too wide."""
+
+    def judged(facts: Facts) -> Answer:
+        answer, width = judge(facts), facts.get("head_dim", 1)
+        if answer.runs and width > WIDEST_HEAD:
+            return Answer(False, f"heads are {width} wide, over {WIDEST_HEAD}")
+        return answer
+
+    return judged
+
+
 _TORCH = Backend("torch", _definition)
 _TENSOR = (Backend("triton", _triton), Backend("cpp", _cpp), _TORCH)
 _GEMM = (Backend("triton", _triton), Backend("cpp", _cpp_gemm), _TORCH)
-_ATTENTION = (Backend("cpp", _cpp_attention), _TORCH)
+_ATTENTION = (
+    Backend("triton", _with_heads(_triton)), Backend("cpp", _with_heads(_cpp)), _TORCH,
+)  # fmt: skip
 
 OPS: dict[str, tuple[Backend, ...]] = {
     "adamw_step": _TENSOR,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimpot.kernels.triton.arithmetic import dot, stages, tanh
+from trimpot.kernels.triton.arithmetic import dot, short_tanh, stages, tanh
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -69,24 +69,27 @@ def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _capped(s, scale, cap, CAPPED: tl.constexpr, NATURAL: tl.constexpr):
-    """(s, its factor to the exponent's units, the slope that a soft cap leaves)."""
-    UNIT: tl.constexpr = 1.0 if NATURAL else LOG2_E
+def _exponent(x, NATURAL: tl.constexpr):
+    """x in the exponent's units."""
+    return x if NATURAL else x * LOG2_E
+
+
+@triton.jit
+def _capped(s, scale, cap, CAPPED: tl.constexpr, NATURAL: tl.constexpr, EXACT: tl.constexpr):
+    """(s, its factor to the exponent's units, the slope that a soft cap leaves). lse is EXACT;
+    beside gradients of 16 bits 6e-6 of P, at a cap of 50, are nothing."""
+    slope = 1.0
     if CAPPED:
-        t = tanh(s * (scale / cap))
-        return t, cap * UNIT, 1.0 - t * t
-    return s, scale * UNIT, 1.0
+        s *= scale / cap
+        s = tanh(s) if EXACT else short_tanh(s)
+        slope = 1.0 - s * s
+        scale = cap
+    return s, _exponent(scale, NATURAL), slope
 
 
 @triton.jit
 def _power(x, NATURAL: tl.constexpr):
     return tl.exp(x) if NATURAL else tl.exp2(x)
-
-
-@triton.jit
-def _exponent(lse, NATURAL: tl.constexpr):
-    """lse in the exponent's units."""
-    return lse if NATURAL else lse * LOG2_E
 
 
 @triton.jit
@@ -125,7 +128,7 @@ def _at_an_edge(query, key, window, WINDOWED: tl.constexpr, QUERIES: tl.constexp
 
 @triton.jit
 def attention_forward(
-    Q, K, V, O, LSE, CUTS, documents, tokens, heads, group, scale, cap, window, sign,
+    Q, K, V, OUT, LSE, CUTS, documents, tokens, heads, group, scale, cap, window, sign,
     q_step, q_head, k_step, k_head, v_step, v_head, o_step, o_head,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
@@ -153,11 +156,12 @@ def attention_forward(
             k = _tile(K, k_step, at, length, WIDTH, KEYS, COLUMNS)
             v = _tile(V, v_step, at, length, WIDTH, KEYS, COLUMNS)
             s, factor, _ = _capped(
-                dot(q, tl.trans(k), _zeros(QUERIES, KEYS)), scale, cap, CAPPED, NATURAL
+                dot(q, tl.trans(k), _zeros(QUERIES, KEYS)), scale, cap, CAPPED, NATURAL, True
             )
             if _at_an_edge(start, at, window, WINDOWED, QUERIES, KEYS):
                 key = at + tl.arange(0, KEYS)
-                s = tl.where(_seen(query[:, None], key[None, :], window, WINDOWED), s, float("-inf"))
+                seen = _seen(query[:, None], key[None, :], window, WINDOWED)
+                s = tl.where(seen, s, float("-inf"))
             higher = tl.maximum(top, tl.max(s, 1) * factor)
             p = _power(s * factor - higher[:, None], NATURAL)
             fade = _power(top - higher, NATURAL)
@@ -166,8 +170,8 @@ def attention_forward(
             top = higher
         total = tl.where(is_document, total, 1.0)
         lse = tl.where(is_document, _lse(top, total, NATURAL), 0.0)
-        O += first * o_step + head * o_head
-        _store(O, acc / total[:, None], o_step, start, length, WIDTH, QUERIES, COLUMNS)
+        OUT += first * o_step + head * o_head
+        _store(OUT, acc / total[:, None], o_step, start, length, WIDTH, QUERIES, COLUMNS)
         query = start + tl.arange(0, QUERIES)
         LSE += head.to(tl.int64) * tokens + first
         tl.store(LSE + query, lse, mask=query < length)
@@ -175,7 +179,7 @@ def attention_forward(
 
 @triton.jit
 def attention_dq(
-    Q, K, V, O, DO, LSE, DELTA, DQ, CUTS, documents, tokens, heads, group, scale, cap, window,
+    Q, K, V, OUT, DO, DQ, LSE, DELTA, CUTS, documents, tokens, heads, group, scale, cap, window,
     q_step, q_head, k_step, k_head, v_step, v_head, o_step, o_head, do_step, do_head,
     dq_step, dq_head,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr,
@@ -192,11 +196,11 @@ def attention_dq(
         Q += first * q_step + head * q_head
         K += first * k_step + head // group * k_head
         V += first * v_step + head // group * v_head
-        O += first * o_step + head * o_head
+        OUT += first * o_step + head * o_head
         DO += first * do_step + head * do_head
         q = _tile(Q, q_step, start, length, WIDTH, QUERIES, COLUMNS)
         do = _tile(DO, do_step, start, length, WIDTH, QUERIES, COLUMNS)
-        o = _tile(O, o_step, start, length, WIDTH, QUERIES, COLUMNS)
+        o = _tile(OUT, o_step, start, length, WIDTH, QUERIES, COLUMNS)
         delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
         query = start + tl.arange(0, QUERIES)
         at = head.to(tl.int64) * tokens + first + query
@@ -210,16 +214,21 @@ def attention_dq(
             k = _tile(K, k_step, at, length, WIDTH, KEYS, COLUMNS)
             v = _tile(V, v_step, at, length, WIDTH, KEYS, COLUMNS)
             s, factor, slope = _capped(
-                dot(q, tl.trans(k), _zeros(QUERIES, KEYS)), scale, cap, CAPPED, NATURAL
+                dot(q, tl.trans(k), _zeros(QUERIES, KEYS)),
+                scale,
+                cap,
+                CAPPED,
+                NATURAL,
+                NATURAL,
             )
             p = _power(s * factor - lse[:, None], NATURAL)
             if _at_an_edge(start, at, window, WINDOWED, QUERIES, KEYS):
                 key = at + tl.arange(0, KEYS)
                 p = tl.where(_seen(query[:, None], key[None, :], window, WINDOWED), p, 0.0)
+            if CAPPED:  # before the next product: slope and p would both be kept for it
+                p *= slope
             dp = dot(do, tl.trans(v), _zeros(QUERIES, KEYS))
             ds = p * (dp - delta[:, None])
-            if CAPPED:
-                ds *= slope
             dq = dot(ds.to(k.dtype), k, dq)
         DQ += first * dq_step + head * dq_head
         _store(DQ, dq * scale, dq_step, start, length, WIDTH, QUERIES, COLUMNS)
@@ -227,8 +236,9 @@ def attention_dq(
 
 @triton.jit
 def attention_dkdv(
-    Q, K, V, DO, LSE, DELTA, DK, DV, CUTS, documents, tokens, heads, group, scale, cap, window,
+    Q, K, V, DO, DK, DV, LSE, DELTA, CUTS, documents, tokens, heads, group, scale, cap, window,
     q_step, q_head, k_step, k_head, v_step, v_head, do_step, do_head, dk_step, dk_head,
+    dv_step, dv_head,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -267,18 +277,24 @@ def attention_dkdv(
             inside = query < length
             lse = _exponent(tl.load(LSE + row + query, mask=inside, other=float("inf")), NATURAL)
             s, factor, slope = _capped(
-                dot(k, tl.trans(q), _zeros(KEYS, QUERIES)), scale, cap, CAPPED, NATURAL
+                dot(k, tl.trans(q), _zeros(KEYS, QUERIES)),
+                scale,
+                cap,
+                CAPPED,
+                NATURAL,
+                NATURAL,
             )
             p = _power(s * factor - lse[None, :], NATURAL)
             if _at_an_edge(at, start, window, WINDOWED, QUERIES, KEYS):
                 p = tl.where(_seen(query[None, :], key[:, None], window, WINDOWED), p, 0.0)
             dv = dot(p.to(do.dtype), do, dv)
+            if CAPPED:
+                p *= slope
             dp = dot(v, tl.trans(do), _zeros(KEYS, QUERIES))
             delta = tl.load(DELTA + row + query, mask=inside, other=0.0)
             ds = p * (dp - delta[None, :])
-            if CAPPED:
-                ds *= slope
             dk = dot(ds.to(q.dtype), q, dk)
-        at = first * dk_step + kv_head * dk_head
-        _store(DK + at, dk * scale, dk_step, start, length, WIDTH, KEYS, COLUMNS)
-        _store(DV + at, dv, dk_step, start, length, WIDTH, KEYS, COLUMNS)
+        DK += first * dk_step + kv_head * dk_head
+        DV += first * dv_step + kv_head * dv_head
+        _store(DK, dk * scale, dk_step, start, length, WIDTH, KEYS, COLUMNS)
+        _store(DV, dv, dv_step, start, length, WIDTH, KEYS, COLUMNS)

@@ -1,24 +1,52 @@
-"""Attention over packed documents in Triton; definition in ops/varlen_attention.py."""
+"""Attention over packed documents in Triton; definition in ops/varlen_attention.py.
+
+T tokens, N heads of q, G of k and v, D of each. Launches, and what each moves:
+
+    attention_forward   o and lse of a tile of queries of a head      2TND + 2TGD, 4TN bytes
+    attention_dq        dQ of such a tile, and Δ                      4TND + 2TGD, 8TN bytes
+    attention_dkdv      dK and dV of a tile of keys of a key head     2TND + 4TGD, 8TN bytes
+
+in elements, and float32 sums of rows. Tiles are cut from each document by itself, and meet those
+keys or queries of it that some of theirs see: nothing of size T² is made, no product is of two
+documents, and what a document gives has the same bits wherever it stands and whatever stands
+beside it. Two launches compute P and dS twice, 7 products for 5; they need no atomics, so equal
+runs give equal bits, and dK and dV are summed over a group where they are made. q, k, v and dO are
+read twice for that: backward moves 6TND + 6TGD, of which 4TND + 4TGD is the least.
+
+The host reads no value of cu_seqlens on a GPU, which would wait for all that was launched: a
+program finds its document by itself (`_place`), in a grid for T/tile + documents tiles, of which
+one a document at most is empty. So a wrong list is told of where it is on the CPU only; on a GPU
+it gives wrong numbers, and nothing outside of the tensors.
+
+Heads of other sizes than powers of two are padded in registers and shared memory, with zeros that
+are not loaded: D = 96 costs the products of 128.
+"""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 
 from trimpot.kernels.dispatch import WIDEST_HEAD
 from trimpot.kernels.errors import KernelError
+from trimpot.kernels.ops import varlen_attention as definition
 from trimpot.kernels.ops.varlen_attention import boundaries
+from trimpot.kernels.proof.cases import Case, Maker, Sizes
 from trimpot.kernels.triton.attention_kernels import (
     attention_dkdv,
     attention_dq,
     attention_forward,
 )
-from trimpot.kernels.triton.launch import check, launch
+from trimpot.kernels.triton.launch import architecture, check, launch
 
 OP = "varlen_attention"
-def tiles(kernel):
-    return dict(QUERIES=64, KEYS=64, STAGES=2, threads=128)
 
+Tile = tuple[int, int, int, int]
+"""Queries, keys, stages (tiles on their way), threads."""
 
 
 def forward(
@@ -30,15 +58,13 @@ def forward(
     window: int,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    call = _Call(q, k, v, cu_seqlens, scale, window, softcap)
+    """→ (o, lse)"""
+    call = _Call(q, k, v, cu_seqlens, window, softcap)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    sign = (scale > 0) - (scale < 0)
-    call.launch(
-        attention_forward, "QUERIES", q.shape[1],
-        [call.q, call.k, call.v, o, lse], abs(scale) or 1.0, [float(sign)],
-        [call.q, call.k, call.v, o],
-    )  # fmt: skip
+    # The largest q·k has the largest score only if scale > 0: q takes its sign.
+    sign = float((scale > 0) - (scale < 0))
+    call.launch(attention_forward, (call.q, call.k, call.v, o), (lse,), abs(scale) or 1.0, sign)
     return o, lse
 
 
@@ -54,30 +80,34 @@ def backward(
     window: int,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    call = _Call(q, k, v, cu_seqlens, scale, window, softcap)
+    """→ (dq, dk, dv)"""
     check(OP, do, o, lse)
+    call = _Call(q, k, v, cu_seqlens, window, softcap)
     do, o, lse = _by_row(do), _by_row(o), lse.contiguous()
     delta = torch.empty_like(lse)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    call.launch(
-        attention_dq, "QUERIES", q.shape[1],
-        [call.q, call.k, call.v, o, do, lse, delta, dq], scale, [],
-        [call.q, call.k, call.v, o, do, dq],
-    )  # fmt: skip
-    call.launch(
-        attention_dkdv, "KEYS", k.shape[1],
-        [call.q, call.k, call.v, do, lse, delta, dk, dv], scale, [],
-        [call.q, call.k, call.v, do, dk],
-    )  # fmt: skip
+    call.launch(attention_dq, (call.q, call.k, call.v, o, do, dq), (lse, delta), scale)
+    call.launch(attention_dkdv, (call.q, call.k, call.v, do, dk, dv), (lse, delta), scale)
     return dq, dk, dv
 
 
-def _by_row(x):
-    return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
+def _by_row(x_TND: torch.Tensor) -> torch.Tensor:
+    """With D side by side."""
+    return x_TND if x_TND.stride(2) == 1 or x_TND.shape[2] <= 1 else x_TND.contiguous()
 
 
 class _Call:
-    def __init__(self, q, k, v, cu_seqlens, scale, window, softcap) -> None:
+    """Operands of one call, and its launches."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        window: int,
+        softcap: float,
+    ) -> None:
         check(OP, q, k, v)
         if q.shape[2] > WIDEST_HEAD:
             raise KernelError(
@@ -88,21 +118,40 @@ class _Call:
             boundaries(cu_seqlens, q.shape[0])
         self.q, self.k, self.v = (_by_row(x) for x in (q, k, v))
         self.cuts = cu_seqlens.to(q.device, non_blocking=True).contiguous()
-        self.documents = cu_seqlens.shape[0] - 1
         self.window, self.softcap = window, softcap
-        self.width = q.shape[2]
+        self.tokens, self.heads, self.width = q.shape
         self.columns = max(triton.next_power_of_2(self.width), 16)
 
-    def launch(self, kernel, rows, heads, tensors, scale, more, strided) -> None:
-        tokens = self.q.shape[0]
-        tile = tiles(kernel.__name__)
-        slots = tokens // tile[rows] + self.documents + 1
-        steps = [stride for x in strided for stride in x.stride()[:2]]
+    def launch(
+        self,
+        kernel: Any,
+        tensors: Sequence[torch.Tensor],
+        sums: Sequence[torch.Tensor],
+        scale: float,
+        *more: float,
+    ) -> None:
+        """`kernel` on what has tokens and heads, and on rows' sums."""
+        by_key = kernel is attention_dkdv
+        queries, keys, stages, threads = tile(
+            kernel, architecture(self.q.device), self.q.element_size(), self.columns
+        )
+        documents, kv_heads = self.cuts.shape[0] - 1, self.k.shape[1]
+        slots = self.tokens // (keys if by_key else queries) + documents + 1
         launch(
-            kernel, (slots * heads,),
-            *tensors, self.cuts, self.documents, tokens, self.q.shape[1],
-            self.q.shape[1] // self.k.shape[1], scale, self.softcap or 1.0, self.window, *more,
-            *steps,
+            kernel, (slots * (kv_heads if by_key else self.heads),),
+            *tensors, *sums, self.cuts, documents, self.tokens, self.heads, self.heads // kv_heads,
+            scale, self.softcap or 1.0, self.window, *more,
+            *itertools.chain.from_iterable(x.stride()[:2] for x in tensors),
             WINDOWED=self.window > 0, CAPPED=self.softcap > 0, WIDTH=self.width,
-            COLUMNS=self.columns, enable_fp_fusion=self.q.element_size() == 2, **tile,
+            QUERIES=queries, KEYS=keys, COLUMNS=self.columns, STAGES=stages, threads=threads,
+            # Products apart, fused or not: float32's difference of s and lse is of two that were
+            # rounded alike.
+            enable_fp_fusion=self.q.element_size() == 2,
         )  # fmt: skip
+
+
+TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile, Tile]]] = {}
+
+
+def tile(kernel: Any, architecture: str, size: int, columns: int) -> Tile:
+    return (64, 64, 2, 128)

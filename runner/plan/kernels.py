@@ -32,8 +32,6 @@ def choose_kernels(config: Config, fleet: Fleet, facts: ModelFacts) -> dict[str,
     chosen: dict[str, dict[str, str]] = {}
     for op in ops_of(config, facts):
         wanted = getattr(section, op) or section.default
-        if op == ATTENTION and wanted == "triton" and getattr(section, op) is None:
-            wanted = AUTO  # the default is meant for the ops that have a Triton kernel
         if wanted == OFF:
             chosen[op] = {"backend": OFF, "why": "asked for; transformers' own code"}
             continue
