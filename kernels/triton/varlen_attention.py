@@ -48,6 +48,69 @@ OP = "varlen_attention"
 Tile = tuple[int, int, int, int]
 """Queries, keys, stages (tiles on their way), threads."""
 
+TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile, Tile]]] = {
+    "sm_80": {
+        (2, 64): ((128, 128, 3, 256), (64, 64, 2, 256), (32, 64, 2, 256)),
+        (2, 128): ((128, 64, 3, 256), (64, 64, 2, 256), (64, 64, 2, 256)),
+        (2, 256): ((64, 32, 2, 256), (64, 32, 2, 256), (32, 32, 2, 256)),
+        (4, 64): ((64, 32, 2, 256), (64, 32, 2, 256), (32, 64, 2, 256)),
+        (4, 128): ((32, 32, 2, 256), (32, 32, 2, 256), (32, 32, 2, 256)),
+        (4, 256): ((32, 16, 2, 256), (32, 16, 1, 256), (16, 16, 2, 256)),
+    },
+    "sm_89": {
+        (2, 64): ((128, 64, 2, 256), (64, 64, 2, 256), (32, 64, 2, 256)),
+        (2, 128): ((128, 64, 2, 256), (64, 64, 2, 256), (64, 64, 2, 256)),
+        (2, 256): ((32, 32, 2, 256), (32, 32, 1, 256), (32, 32, 1, 256)),
+        (4, 64): ((64, 32, 2, 256), (64, 32, 2, 256), (32, 64, 2, 256)),
+        (4, 128): ((32, 32, 2, 256), (32, 32, 1, 256), (32, 32, 1, 256)),
+        (4, 256): ((32, 16, 1, 256), (16, 16, 1, 256), (16, 16, 1, 256)),
+    },
+    "sm_90": {
+        (2, 64): ((128, 128, 3, 256), (128, 64, 3, 256), (64, 128, 3, 256)),
+        (2, 128): ((128, 64, 3, 256), (128, 64, 2, 256), (32, 128, 3, 256)),
+        (2, 256): ((64, 64, 2, 256), (128, 32, 2, 256), (32, 32, 2, 256)),
+        (4, 64): ((64, 32, 2, 256), (64, 32, 2, 256), (32, 64, 2, 256)),
+        (4, 128): ((32, 32, 2, 256), (32, 32, 2, 256), (32, 32, 2, 256)),
+        (4, 256): ((32, 16, 2, 256), (32, 16, 1, 256), (16, 16, 2, 256)),
+    },
+    "sm_100": {
+        (2, 64): ((128, 64, 2, 256), (64, 64, 2, 256), (64, 64, 2, 256)),
+        (2, 128): ((128, 64, 2, 256), (128, 64, 2, 256), (32, 64, 2, 256)),
+        (2, 256): ((64, 64, 2, 256), (64, 32, 2, 256), (32, 32, 2, 256)),
+        (4, 64): ((64, 32, 2, 256), (64, 32, 2, 256), (32, 64, 2, 256)),
+        (4, 128): ((32, 32, 2, 256), (32, 32, 2, 256), (32, 32, 2, 256)),
+        (4, 256): ((32, 16, 2, 256), (32, 16, 1, 256), (16, 16, 2, 256)),
+    },
+    "gfx942": {
+        (2, 64): ((64, 64, 2, 256), (128, 64, 2, 256), (16, 64, 2, 256)),
+        (2, 128): ((64, 64, 2, 128), (128, 64, 2, 256), (16, 64, 2, 256)),
+        (2, 256): ((128, 32, 2, 256), (64, 32, 2, 256), (16, 32, 2, 256)),
+        (4, 64): ((64, 32, 2, 256), (64, 32, 2, 256), (32, 32, 2, 256)),
+        (4, 128): ((32, 32, 2, 256), (32, 32, 2, 256), (16, 32, 2, 256)),
+        (4, 256): ((32, 16, 2, 256), (16, 16, 2, 256), (16, 16, 2, 256)),
+    },
+}
+"""By GPU, and by an element's bytes and the columns of a head (64 stands for less), for the three
+kernels: the largest of those compiled that keep all they hold in registers. sm_89 stands for all
+with 99 KiB of shared memory a program. They have not been timed."""
+
+
+def family(architecture: str) -> str:
+    """Whose tiles a GPU takes."""
+    if architecture.startswith("gfx"):
+        return "gfx942"
+    number = int(architecture.removeprefix("sm_"))
+    if number in (80, 87):
+        return "sm_80"
+    if 90 <= number < 120:
+        return "sm_90" if number < 100 else "sm_100"
+    return "sm_89"
+
+
+def tile(kernel: Any, architecture: str, size: int, columns: int) -> Tile:
+    of_kernels = TILES[family(architecture)][size, max(columns, 64)]
+    return of_kernels[(attention_forward, attention_dq, attention_dkdv).index(kernel)]
+
 
 def forward(
     q: torch.Tensor,
@@ -150,8 +213,88 @@ class _Call:
         )  # fmt: skip
 
 
-TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile, Tile]]] = {}
+def proof_cases() -> list[Case]:
+    llama = {"T": 8192, "N": 32, "G": 8, "D": 128, "window": 0, "softcap": 0}
+    small = {"T": 400, "N": 4, "G": 1}
+    phi = llama | {"G": 32, "D": 96, "window": 2048}
+    gemma = llama | {"N": 16, "D": 256, "window": 4096, "softcap": 50}
+    narrow = llama | {"N": 8, "G": 1, "D": 32}
+    variants = [
+        ("", llama, small, ("bf16", "fp16", "fp32")),
+        ("d64", llama | {"D": 64}, small, ("bf16", "fp32")),
+        ("d96 window", phi, small | {"G": 4, "window": 70}, ("bf16",)),
+        ("d256 softcap", gemma, small | {"N": 2, "window": 110}, ("bf16", "fp32")),
+        ("d32 of one key head", narrow, small | {"N": 8}, ("fp16",)),
+    ]
+    return [
+        Case(
+            OP, direction, arguments, large, {**large, **few}, budget=budget, flops=flops,
+            has_dot=True, variant=variant, dtypes=dtypes,
+        )
+        for direction, arguments, budget, flops in (
+            ("forward", _forward_case, _forward_budget, _forward_flops),
+            ("backward", _backward_case, _backward_budget, _backward_flops),
+        )
+        for variant, large, few, dtypes in variants
+    ]  # fmt: skip
 
 
-def tile(kernel: Any, architecture: str, size: int, columns: int) -> Tile:
-    return (64, 64, 2, 128)
+def _cuts(tokens: int) -> list[int]:
+    """Documents of one token, of none, of a quarter and half of the tokens, and the rest."""
+    return [0, 1, 1, 1 + tokens // 4, 1 + tokens // 4 + tokens // 2, tokens]
+
+
+def _forward_case(make: Maker, n: Sizes) -> dict[str, Any]:
+    return {
+        "q": make.normal(n["T"], n["N"], n["D"], scale=1.5),
+        "k": make.normal(n["T"], n["G"], n["D"]),
+        "v": make.normal(n["T"], n["G"], n["D"]),
+        "cu_seqlens": make.values(_cuts(n["T"]), torch.int32),
+        "scale": n["D"] ** -0.5, "window": n["window"], "softcap": float(n["softcap"]),
+    }  # fmt: skip
+
+
+def _backward_case(make: Maker, n: Sizes) -> dict[str, Any]:
+    given = _forward_case(make, n)
+    do = make.normal(n["T"], n["N"], n["D"])
+    if make.device.type == "meta":
+        lse = make.empty(n["N"], n["T"], dtype=torch.float32)
+        return {**given, "do": do, "o": make.empty(*do.shape), "lse": lse}
+    o, lse = definition.forward(**given)
+    return {**given, "do": do, "o": o, "lse": lse}
+
+
+def _elements(n: Sizes) -> tuple[int, int, int]:
+    """TND, TGD, TN"""
+    rows = n["T"] * n["N"]
+    return rows * n["D"], n["T"] * n["G"] * n["D"], rows
+
+
+def _forward_budget(n: Sizes, size: int) -> float:
+    """2TND + 2TGD; lse written."""
+    q, k, rows = _elements(n)
+    return size * (2 * q + 2 * k) + 4 * rows
+
+
+def _backward_budget(n: Sizes, size: int) -> float:
+    """6TND + 6TGD; lse read twice, Δ written and read."""
+    q, k, rows = _elements(n)
+    return size * (6 * q + 6 * k) + 16 * rows
+
+
+def _pairs(n: Sizes) -> int:
+    """Of a query and a key that it sees."""
+    window = n["window"] or n["T"]
+    lengths = [b - a for a, b in itertools.pairwise(_cuts(n["T"]))]
+    before = [max(length - window, 0) for length in lengths]  # what the last query does not see
+    return sum(x * (x + 1) // 2 - y * (y + 1) // 2 for x, y in zip(lengths, before, strict=True))
+
+
+def _forward_flops(n: Sizes) -> float:
+    """Two products."""
+    return 4.0 * _pairs(n) * n["N"] * n["D"]
+
+
+def _backward_flops(n: Sizes) -> float:
+    """Five products, of which the launches make two twice."""
+    return 10.0 * _pairs(n) * n["N"] * n["D"]

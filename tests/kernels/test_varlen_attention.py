@@ -14,7 +14,6 @@ from trimpot.kernels.errors import KernelError
 from trimpot.kernels.ops import varlen_attention as op
 from trimpot.kernels.ops.varlen_attention import varlen_attention
 
-
 CASES = [
     Packed((1,), 1, 1, 32),
     Packed((5, 0, 1, 40, 0, 0, 13), 4, 1, 64, rest=3),
