@@ -27,12 +27,12 @@ every_dtype = pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
 CASES = [
     Packed((1,), 1, 1, 32),
     Packed((5, 0, 1, 40, 0, 0, 13), 4, 1, 64, rest=3),
-    Packed((127, 128, 129), 2, 1, 32),  # a tile ± 1
-    Packed((150, 30), 2, 2, 96, window=37),
-    Packed((300,), 2, 1, 64, window=130),  # queries that see nothing of a tile they share
-    Packed((90,), 2, 1, 128, window=1),
-    Packed((140, 20), 2, 1, 256, window=64, softcap=20.0),
-    Packed((100, 9), 2, 2, 72, softcap=5.0, rest=20),
+    Packed((127, 128, 129), 1, 1, 32),  # a tile ± 1
+    Packed((150, 30), 1, 1, 96, window=37),
+    Packed((300,), 1, 1, 64, window=130),  # queries that see nothing of a tile they share
+    Packed((50,), 2, 1, 128, window=1),
+    Packed((90,), 1, 1, 256, window=64, softcap=20.0),
+    Packed((70, 9), 2, 2, 72, softcap=5.0, rest=20),
     Packed((60, 61), 8, 1, 7),
     Packed((70,), 2, 1, 16, scale=-0.3),
     Packed((40,), 1, 1, 16, scale=0.0),
@@ -73,7 +73,7 @@ def interpreted_every_tile_obeys_the_rule(
 ) -> None:
     """Those of other GPUs than the one whose tiles are taken where none is."""
     monkeypatch.setattr(backend, "architecture", lambda _: target)
-    n = Packed((1, 150), 1, 1, width, window=70)
+    n = Packed((1, 80), 1, 1, width, window=70)
     for dtype in (torch.bfloat16, torch.float32):
         given = inputs(n, dtype)
         got = run("triton", n, given)
@@ -122,11 +122,10 @@ def interpreted_gives_the_same_bits_again_without_races() -> None:
     checks.assert_same_bits(run("triton", n, given), first)
 
 
-@every_dtype
-def interpreted_reads_views(dtype: torch.dtype) -> None:
+def interpreted_reads_views() -> None:
     """Parts of one fused projection, heads before tokens, D with gaps, expanded."""
-    n = Packed((30, 29), 4, 2, 24)
-    given = inputs(n, dtype)
+    n = Packed((15, 14), 4, 2, 24)
+    given = inputs(n, torch.bfloat16)
     want = run("triton", n, given)
     fused = torch.cat(given[:3], 1)
     parts = [fused[:, :4], fused[:, 4:6], fused[:, 6:]]
@@ -134,7 +133,7 @@ def interpreted_reads_views(dtype: torch.dtype) -> None:
     gapped = [torch.stack([t, t], -1)[..., 0] for t in given]
     for args in ([*parts, given[3]], turned, gapped):
         checks.assert_same_bits(run("triton", n, args), want)
-    one = [t[:1].expand(59, -1, -1) for t in given]
+    one = [t[:1].expand(29, -1, -1) for t in given]
     whole = [t.contiguous() for t in one]
     checks.assert_same_bits(run("triton", n, one), run("triton", n, whole))
 
@@ -150,7 +149,7 @@ def interpreted_no_documents(rest: int, lengths: tuple[int, ...]) -> None:
 
 def interpreted_many_documents_are_found() -> None:
     """More than are looked through at once."""
-    n = Packed((1, 2, 0) * 200, 1, 1, 16)
+    n = Packed((1, 0) * 140 + (20,), 1, 1, 16)
     given = inputs(n, torch.float32)
     got = run("triton", n, given)
     checks.assert_twice(got, run("torch", n, given), run("torch", n, doubles(given)))
