@@ -37,7 +37,7 @@ def _place(CUTS, slot, documents, tokens, BLOCK: tl.constexpr):
     for at in range(0, documents, SEARCH):
         d = at + tl.arange(0, SEARCH)
         ends = tl.load(CUTS + 1 + d, mask=d < documents, other=0).to(tl.int32)
-        document += tl.sum(((d < documents) & (ends // BLOCK + d + 1 <= slot)).to(tl.int32))
+        document += tl.sum(((d < documents) & (ends // BLOCK + d + 1 <= slot)).to(tl.int32))  # type: ignore
     first = tl.load(CUTS + document).to(tl.int32)
     last = tl.load(CUTS + document + 1, mask=document < documents, other=tokens).to(tl.int32)
     start = (slot - (first // BLOCK + document)) * BLOCK
@@ -162,7 +162,12 @@ def attention_forward(
             if NATURAL:
                 q = _tile(Q, q_step, start + (at >> 30), length, WIDTH, QUERIES, COLUMNS) * sign
             s, factor, _ = _capped(
-                dot(q, tl.trans(k), _zeros(QUERIES, KEYS)), scale, cap, CAPPED, NATURAL, True
+                dot(q, tl.trans(k), _zeros(QUERIES, KEYS)),
+                scale,
+                cap,
+                CAPPED,
+                NATURAL,
+                tl.constexpr(True),
             )
             if _at_an_edge(start, at, window, WINDOWED, QUERIES, KEYS):
                 key = at + tl.arange(0, KEYS)
@@ -237,7 +242,7 @@ def attention_dq(
             if CAPPED:  # before the next product: slope and p would both be kept for it
                 p *= slope
             dp = dot(do, tl.trans(v), _zeros(QUERIES, KEYS))
-            ds = p * (dp - delta[:, None])
+            ds = p * (dp - delta[:, None])  # type: ignore
             dq = dot(ds.to(k.dtype), k, dq)
         DQ += first * dq_step + head * dq_head
         _store(DQ, dq * scale, dq_step, start, length, WIDTH, QUERIES, COLUMNS)

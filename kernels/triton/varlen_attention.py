@@ -35,7 +35,7 @@ from trimpot.kernels.dispatch import WIDEST_HEAD
 from trimpot.kernels.errors import KernelError
 from trimpot.kernels.ops import varlen_attention as definition
 from trimpot.kernels.ops.varlen_attention import boundaries
-from trimpot.kernels.proof.cases import Case, Maker, Sizes
+from trimpot.kernels.proof.cases import Case, Direction, Maker, Sizes
 from trimpot.kernels.triton.attention_kernels import (
     attention_dkdv,
     attention_dq,
@@ -227,15 +227,16 @@ def proof_cases() -> list[Case]:
         ("d256 softcap", gemma, small | {"N": 2, "window": 110}, ("bf16", "fp32")),
         ("d32 of one key head", narrow, small | {"N": 8}, ("fp16",)),
     ]
+    directions: list[tuple[Direction, Any, Any, Any]] = [
+        ("forward", _forward_case, _forward_budget, _forward_flops),
+        ("backward", _backward_case, _backward_budget, _backward_flops),
+    ]
     return [
         Case(
             OP, direction, arguments, large, {**large, **few}, budget=budget, flops=flops,
             has_dot=True, variant=variant, dtypes=dtypes,
         )
-        for direction, arguments, budget, flops in (
-            ("forward", _forward_case, _forward_budget, _forward_flops),
-            ("backward", _backward_case, _backward_budget, _backward_flops),
-        )
+        for direction, arguments, budget, flops in directions
         for variant, large, few, dtypes in variants
     ]  # fmt: skip
 

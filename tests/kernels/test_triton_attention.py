@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any
 
 import kernel_checks as checks
 import pytest
@@ -183,10 +182,9 @@ def interpreted_a_wrong_list_on_a_gpu_leaves_the_tensors(monkeypatch: pytest.Mon
     q, k, v, do = inputs(n, torch.float32)
     for wrong in ([0, 30, 10, 50], [-7, 20, 90], [40, 60], [0, 2**31 + 5]):
         cuts = torch.tensor(wrong)
-        settings: tuple[Any, ...] = (cuts, 0.3, 0, 0.0)
         with counting() as launches:
-            o, lse = backend.forward(q, k, v, *settings)
-            backend.backward(do, q, k, v, o, lse, *settings)
+            o, lse = backend.forward(q, k, v, cuts, 0.3, 0, 0.0)
+            backend.backward(do, q, k, v, o, lse, cuts, 0.3, 0, 0.0)
         outside = [f for one in launches for f in one.faults if "out of bounds" in f]
         assert outside == [], wrong
 
