@@ -77,19 +77,13 @@ def _cpp(facts: Facts) -> Answer:
     return Answer(True, f"C++, {native.extension().gemm_isa()}")
 
 
-WIDEST_HEAD = 256
-"""Of attention in C++: blocks of keys and queries then stay in an L2 cache of 2 MiB."""
-
-
 def _cpp_attention(facts: Facts) -> Answer:
-    if (width := facts.get("head_dim", 1)) > WIDEST_HEAD:
-        return Answer(False, f"heads are {width} wide, over {WIDEST_HEAD}")
-    if not (answer := _cpp(facts)).runs:
-        return answer
-    tiles = native.extension().gemm_fast_split()
     gemm, dtype = facts.get("gemm", AUTO), facts.get("dtype")
     if gemm == "bf16x3":
         return _cpp_gemm(facts)
+    if not (answer := _cpp(facts)).runs:
+        return answer
+    tiles = native.extension().gemm_fast_split()
     low = tiles and gemm != FP32 and dtype in (None, "bfloat16")
     kind = "bf16 with fp32 sums under precision bf16, else fp32" if dtype is None else "bf16x3"
     return Answer(True, f"{answer.why}; {kind if low else FP32}")
@@ -149,10 +143,29 @@ def _definition(_: Facts) -> Answer:
     return Answer(True, "plain definition")
 
 
+WIDEST_HEAD = 256
+"""Of attention: in C++ blocks of keys and queries then stay in an L2 cache of 2 MiB, in Triton
+their tiles and sums in the registers."""
+
+
+def _with_heads(judge: Callable[[Facts], Answer]) -> Callable[[Facts], Answer]:
+    """`judge`, for heads that are not too wide."""
+
+    def judged(facts: Facts) -> Answer:
+        answer, width = judge(facts), facts.get("head_dim", 1)
+        if answer.runs and width > WIDEST_HEAD:
+            return Answer(False, f"heads are {width} wide, over {WIDEST_HEAD}")
+        return answer
+
+    return judged
+
+
 _TORCH = Backend("torch", _definition)
 _TENSOR = (Backend("triton", _triton), Backend("cpp", _cpp), _TORCH)
 _GEMM = (Backend("triton", _triton), Backend("cpp", _cpp_gemm), _TORCH)
-_ATTENTION = (Backend("cpp", _cpp_attention), _TORCH)
+_ATTENTION = (
+    Backend("triton", _with_heads(_triton)), Backend("cpp", _with_heads(_cpp_attention)), _TORCH,
+)  # fmt: skip
 
 OPS: dict[str, tuple[Backend, ...]] = {
     "adamw_step": _TENSOR,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from triton.runtime.driver import driver
 
 from trimpot.kernels.errors import BackendError
 
@@ -95,6 +96,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         return
     with torch.cuda.device(device):
         kernel[grid](*args, **one.options(torch.cuda.get_device_properties(device).warp_size))
+
+
+def architecture(device: torch.device) -> str:
+    """Of a GPU, as compilers name it: "sm_90", "gfx942". Where nothing is run: of the GPU that
+    kernels are compiled for without it (proof/compile.py), or an H100's."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            return properties.gcnArchName.split(":")[0]
+        return f"sm_{properties.major}{properties.minor}"
+    target = getattr(driver._active, "target", None)
+    if target is None:
+        return "sm_90"
+    return target.arch if target.backend == "hip" else f"sm_{target.arch}"
 
 
 def processors(device: torch.device) -> int:

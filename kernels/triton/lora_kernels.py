@@ -2,11 +2,6 @@
 
 M tokens, K = d_in, N_j = d_out of sibling j, R = rank, padded to RANK. A kernel's table has a row
 (adapter, first row, rows) for each block of rows. Four siblings have arguments; COUNT are there.
-
-float32 on NVIDIA: a product is three tf32 products, of operands split in two, summed for 32 columns
-(in skinny products up to 128) and then added in float32. Tensor cores truncate where they
-accumulate: a modelled sum of 4,096 that never leaves them is off by 1.5e-4, one of 32 at a time by
-1.6e-6, torch's by 1.9e-6. AMD's multiply float32 as it is.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -16,27 +11,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.target_info import is_hip
 
+from trimpot.kernels.triton.arithmetic import dot, stages
 from trimpot.kernels.triton.philox import keep_mask, kept
-
-
-@triton.constexpr_function
-def _stages(stages):
-    """Tiles on their way; on AMD they wait in registers, its 64 KiB of shared memory hold one."""
-    return 2 if is_hip() else stages
-
-
-@triton.jit
-def _dot(a, b, acc):
-    """acc + a · b"""
-    if a.dtype != tl.float32:
-        acc = tl.dot(a, b, acc)
-    elif is_hip():
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-    else:
-        acc += tl.dot(a, b, input_precision="tf32x3")
-    return acc
 
 
 @triton.jit
@@ -76,7 +53,7 @@ def _product(
 ):  # fmt: skip
     """acc + left · right: the first tiles are at [rows, BLOCK_K] and [BLOCK_K, columns], the next
     are BLOCK_K steps further."""
-    for first in tl.range(0, depth, BLOCK_K, num_stages=_stages(STAGES)):
+    for first in tl.range(0, depth, BLOCK_K, num_stages=stages(STAGES)):
         if ALIGNED:
             left = tl.load(LEFT, mask=row_inside[:, None], other=0.0)
             right = tl.load(RIGHT, mask=column_inside[None, :], other=0.0)
@@ -84,7 +61,7 @@ def _product(
             inside = first + tl.arange(0, BLOCK_K) < depth
             left = tl.load(LEFT, mask=row_inside[:, None] & inside[None, :], other=0.0)
             right = tl.load(RIGHT, mask=inside[:, None] & column_inside[None, :], other=0.0)
-        acc = _dot(left, right, acc)
+        acc = dot(left, right, acc)
         LEFT += BLOCK_K * left_step
         RIGHT += BLOCK_K * right_step
     return acc
@@ -107,7 +84,7 @@ def _low_rank(
             P + r[:, None] * rank_step + column[None, :] * column_step,
             mask=(r < rank)[:, None] & column_inside[None, :], other=0.0,
         )  # fmt: skip
-        acc = _dot(left, right, acc)
+        acc = dot(left, right, acc)
     return acc
 
 
@@ -129,7 +106,7 @@ def lora_shrink(
     for _ in tl.static_range(COUNT):
         accs += (tl.zeros((BLOCK_M, RANK), tl.float32),)
     X += row[:, None] * x_stride + k[None, :]
-    for first in tl.range(0, depth, BLOCK_K, num_stages=_stages(STAGES)):
+    for first in tl.range(0, depth, BLOCK_K, num_stages=stages(STAGES)):
         if ALIGNED:
             x = tl.load(X, mask=adapted[:, None], other=0.0)
             p_mask = (r < rank)[None, :]
@@ -145,7 +122,7 @@ def lora_shrink(
                 seed = tl.load(SEEDS + j * adapters + adapter + (first >> 30))
                 keep = keep_mask(seed, tl.load(LIMITS + adapter), row, first, BLOCK_K)
                 read = kept(x, keep)
-            summed += (_dot(read, p, accs[j]),)
+            summed += (dot(read, p, accs[j]),)
         accs = summed
         X += BLOCK_K
         p_at += BLOCK_K * depth_step
@@ -216,7 +193,7 @@ def lora_gradients(
     b = tl.load(B + adapter.to(tl.int64) * columns * rank + b_at, mask=b_mask, other=0.0)
     db = tl.zeros((COLUMNS, RANK), tl.float32)
     DS += tile.to(tl.int64) * rows * rank
-    for step in tl.range(0, count, ROWS, num_stages=_stages(STAGES)):
+    for step in tl.range(0, count, ROWS, num_stages=stages(STAGES)):
         row = first_row + step
         inside = step + tl.arange(0, ROWS) < count
         dy = tl.load(
@@ -225,8 +202,8 @@ def lora_gradients(
         )  # fmt: skip
         at = row[:, None] * rank + r[None, :]
         mask = inside[:, None] & (r < rank)[None, :]
-        db = _dot(tl.trans(dy), tl.load(S + at, mask=mask, other=0.0), db)
-        ds = _dot(dy, b, tl.zeros((ROWS, RANK), tl.float32)) * scale
+        db = dot(tl.trans(dy), tl.load(S + at, mask=mask, other=0.0), db)
+        ds = dot(dy, b, tl.zeros((ROWS, RANK), tl.float32)) * scale
         tl.store(DS + at, ds.to(DS.dtype.element_ty), mask=mask)
     tl.store(DB + stretch.to(tl.int64) * columns * rank + b_at, db * scale, mask=b_mask)
 
@@ -250,7 +227,7 @@ def lora_outer(
     accs = ()
     for _ in tl.static_range(COUNT):
         accs += (tl.zeros((RANK_BLOCK, BLOCK_N), tl.float32),)
-    for step in tl.range(0, count, BLOCK_M, num_stages=_stages(STAGES)):
+    for step in tl.range(0, count, BLOCK_M, num_stages=stages(STAGES)):
         row = first_row + step
         inside = step + tl.arange(0, BLOCK_M) < count
         v = tl.load(
@@ -268,7 +245,7 @@ def lora_outer(
                 seed = tl.load(SEEDS + j * adapters + adapter + (step >> 30))  # as in lora_shrink
                 keep = keep_mask(seed, tl.load(LIMITS + adapter), row, first_column, BLOCK_N)
                 read = kept(v, keep)
-            summed += (_dot(s, read, accs[j]),)
+            summed += (dot(s, read, accs[j]),)
         accs = summed
     for j in tl.static_range(COUNT):
         out = OUT + ((j * stretches + stretch).to(tl.int64) * rank + r[:, None]) * columns

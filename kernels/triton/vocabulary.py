@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 
 from trimpot.kernels.ops import logits
+from trimpot.kernels.triton.arithmetic import tanh
 from trimpot.kernels.triton.launch import launch
 
 BLOCK = 4096
@@ -44,23 +45,10 @@ PADDING = 64
 
 
 @triton.jit
-def _tanh(x):
-    """Within 2 ulp, as in csrc/vec.h: 1 − 2/(e²ˣ + 1) loses the digits of a small x."""
-    square = x * x
-    p = square * 0.0022958412 - 0.00834698
-    p = p * square + 0.021769961
-    p = p * square - 0.053959407
-    p = p * square + 0.13333304
-    p = p * square - 0.33333334
-    far = 1.0 - 2.0 / (tl.exp(x + x) + 1.0)
-    return tl.where(square < 0.390625, p * square * x + x, far)
-
-
-@triton.jit
 def _capped(z, height, cap_inverse, CAPPED: tl.constexpr):
     """u and t; without a cap t is 0, so that 1 − t² is 1."""
     if CAPPED:
-        t = _tanh(z * cap_inverse)
+        t = tanh(z * cap_inverse)
         u = t * height
     else:
         t = 0.0

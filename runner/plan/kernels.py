@@ -37,8 +37,6 @@ def choose_kernels(config: Config, fleet: Fleet, facts: ModelFacts) -> dict[str,
     )
     for op in ops_of(config, facts):
         wanted = getattr(section, op) or section.default
-        if op == ATTENTION and wanted == "triton" and getattr(section, op) is None:
-            wanted = AUTO  # the default is meant for the ops that have a Triton kernel
         if op == NF4 and wanted == OFF:
             wanted = "torch"  # transformers has no code of its own for it
         if op == "lora_linear" and packs_are_lost:

@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import kernel_checks as checks
 import pytest
 import torch
+from attention_cases import Packed, by_token, doubles, inputs, run
 
 from trimpot.kernels import dispatch
 from trimpot.kernels.errors import KernelError
 from trimpot.kernels.ops import varlen_attention as op
 from trimpot.kernels.ops.varlen_attention import varlen_attention
 
-
-@dataclass(frozen=True)
-class Case:
-    lengths: tuple[int, ...]
-    heads: int
-    kv_heads: int
-    width: int
-    window: int = 0
-    softcap: float = 0.0
-    rest: int = 0
-    """Tokens after the last document."""
-
-    @property
-    def cu_seqlens(self) -> torch.Tensor:
-        return torch.tensor([0, *self.lengths]).cumsum(0)
-
-
 CASES = [
-    Case((1,), 1, 1, 32),
-    Case((5, 0, 1, 40, 0, 0, 13), 4, 1, 64, rest=3),
-    Case((300, 17, 500), 3, 1, 64),
-    Case((1024, 1, 200), 1, 1, 32),
-    Case((223, 224, 225, 14, 15, 33), 8, 1, 32),  # a block's keys, a tile's rows and columns ± 1
-    Case((330, 70), 2, 2, 96, window=37),
-    Case((700,), 4, 1, 32, window=225),  # rows that see nothing of a block they share
-    Case((90, 230), 2, 1, 128, window=1),
-    Case((257, 20), 2, 1, 256, window=64, softcap=20.0),
-    Case((240, 9), 4, 4, 72, softcap=5.0, rest=20),
-    Case((60, 61), 2, 1, 7),
+    Packed((1,), 1, 1, 32),
+    Packed((5, 0, 1, 40, 0, 0, 13), 4, 1, 64, rest=3),
+    Packed((300, 17, 500), 3, 1, 64),
+    Packed((1024, 1, 200), 1, 1, 32),
+    Packed((223, 224, 225, 14, 15, 33), 8, 1, 32),  # a block's keys, a tile's rows and columns ± 1
+    Packed((330, 70), 2, 2, 96, window=37),
+    Packed((700,), 4, 1, 32, window=225),  # rows that see nothing of a block they share
+    Packed((90, 230), 2, 1, 128, window=1),
+    Packed((257, 20), 2, 1, 256, window=64, softcap=20.0),
+    Packed((240, 9), 4, 4, 72, softcap=5.0, rest=20),
+    Packed((60, 61), 2, 1, 7),
 ]
 backends = pytest.mark.parametrize(
     "backend", ["torch", pytest.param("cpp", marks=checks.needs_extension)]
@@ -57,39 +40,9 @@ everywhere = pytest.mark.parametrize(
 in_cpp = pytest.mark.parametrize(
     "backend", [pytest.param("cpp:fp32", marks=checks.needs_extension), TILES]
 )
-Given = list[torch.Tensor]
 
 
-def inputs(n: Case, dtype: torch.dtype = torch.float64) -> Given:
-    """q, k, v, do, rounded to `dtype`; scores spread over a few units."""
-    make = torch.Generator().manual_seed(sum(n.lengths) + n.width)
-    tokens = sum(n.lengths) + n.rest
-
-    def normal(heads: int, size: float = 1.0) -> torch.Tensor:
-        shape = (tokens, heads, n.width)
-        return (size * torch.randn(shape, generator=make, dtype=torch.float64)).to(dtype)
-
-    return [normal(n.heads, 1.5), normal(n.kv_heads), normal(n.kv_heads), normal(n.heads)]
-
-
-def run(backend: str, n: Case, given: Given) -> list[torch.Tensor]:
-    """o, lse, dq, dk, dv"""
-    lses: list[torch.Tensor] = []
-
-    def function(q, k, v):
-        o, lse = varlen_attention(q, k, v, n.cu_seqlens, None, n.window, n.softcap, backend)
-        lses.append(lse)
-        return o
-
-    o, *grads = checks.with_gradients(function, given[:3], given[3:])
-    return [o, *lses, *grads]
-
-
-def doubles(given: Given) -> Given:
-    return [t.double() for t in given]
-
-
-def by_softmax(n: Case, q, k, v):
+def by_softmax(n: Packed, q, k, v):
     """Each token with a loop over what it sees: nothing shared with the definition."""
     outs = []
     for d, (first, last) in enumerate(zip(n.cu_seqlens[:-1], n.cu_seqlens[1:], strict=True)):
@@ -105,14 +58,14 @@ def by_softmax(n: Case, q, k, v):
 
 
 SMALL = [
-    Case((3, 0, 1, 6), 4, 2, 3),
-    Case((7, 2), 2, 1, 4, window=3),
-    Case((5, 4), 2, 2, 2, softcap=1.5),
+    Packed((3, 0, 1, 6), 4, 2, 3),
+    Packed((7, 2), 2, 1, 4, window=3),
+    Packed((5, 4), 2, 2, 2, softcap=1.5),
 ]
 
 
 @pytest.mark.parametrize("n", SMALL)
-def test_gradients_are_those_of_the_formula(n: Case) -> None:
+def test_gradients_are_those_of_the_formula(n: Packed) -> None:
     q, k, v, _ = (t.requires_grad_() for t in inputs(n))
 
     def function(q, k, v):
@@ -121,8 +74,8 @@ def test_gradients_are_those_of_the_formula(n: Case) -> None:
     assert torch.autograd.gradcheck(function, (q, k, v))
 
 
-@pytest.mark.parametrize("n", [*SMALL, Case((30, 9), 3, 1, 8, window=11, softcap=3.0)])
-def test_is_softmax_over_what_a_token_sees(n: Case) -> None:
+@pytest.mark.parametrize("n", [*SMALL, Packed((30, 9), 3, 1, 8, window=11, softcap=3.0)])
+def test_is_softmax_over_what_a_token_sees(n: Packed) -> None:
     given = inputs(n)
     want = checks.with_gradients(lambda *t: by_softmax(n, *t), given[:3], given[3:])
 
@@ -137,7 +90,7 @@ def test_is_softmax_over_what_a_token_sees(n: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, *checks.DTYPES])
 def test_is_torchs_sdpa(dtype: torch.dtype) -> None:
-    n = Case((50,), 6, 2, 16)
+    n = Packed((50,), 6, 2, 16)
     given = inputs(n, dtype)
 
     def sdpa(q, k, v):
@@ -156,7 +109,7 @@ def test_is_torchs_sdpa(dtype: torch.dtype) -> None:
 @everywhere
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_is_an_op_as_torch_wants_it(backend: str, dtype: torch.dtype) -> None:
-    n = Case((5, 0, 9), 4, 2, 8, window=4, softcap=2.0, rest=1)
+    n = Packed((5, 0, 9), 4, 2, 8, window=4, softcap=2.0, rest=1)
     q, k, v, do = inputs(n, torch.float32)
     o, lse, *_ = run(backend, n, [q, k, v, do])
     settings = (n.cu_seqlens.to(dtype), 0.5, n.window, n.softcap, backend)
@@ -169,7 +122,7 @@ def test_is_an_op_as_torch_wants_it(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("isa", checks.ISAS)
 @pytest.mark.parametrize("dtype", checks.DTYPES)
 @pytest.mark.parametrize("n", CASES, ids=str)
-def test_cpp_obeys_the_rule(n: Case, dtype: torch.dtype, isa: str) -> None:
+def test_cpp_obeys_the_rule(n: Packed, dtype: torch.dtype, isa: str) -> None:
     given = inputs(n, dtype)
     with checks.isa(isa):
         got = run("cpp:fp32", n, given)
@@ -178,15 +131,15 @@ def test_cpp_obeys_the_rule(n: Case, dtype: torch.dtype, isa: str) -> None:
 
 TILE_CASES = [
     *CASES,
-    Case((31, 32, 33, 63, 64, 65, 127, 128, 129), 6, 2, 64),  # tiles and blocks ± 1
-    Case((257, 511), 2, 1, 32, window=33),
-    Case((300,), 3, 1, 64, window=65, softcap=3.0),
+    Packed((31, 32, 33, 63, 64, 65, 127, 128, 129), 6, 2, 64),  # tiles and blocks ± 1
+    Packed((257, 511), 2, 1, 32, window=33),
+    Packed((300,), 3, 1, 64, window=65, softcap=3.0),
 ]
 
 
 @needs_tiles
 @pytest.mark.parametrize("n", TILE_CASES, ids=str)
-def test_tiles_obey_the_rule_in_bf16(n: Case) -> None:
+def test_tiles_obey_the_rule_in_bf16(n: Packed) -> None:
     given = inputs(n, torch.bfloat16)
     got = run("cpp", n, given)
     checks.assert_same_bits(got, run("cpp:bf16x3", n, given))  # what auto takes
@@ -196,7 +149,7 @@ def test_tiles_obey_the_rule_in_bf16(n: Case) -> None:
 @needs_tiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("n", TILE_CASES, ids=str)
-def test_tiles_err_as_little_as_their_products(n: Case, dtype: torch.dtype) -> None:
+def test_tiles_err_as_little_as_their_products(n: Packed, dtype: torch.dtype) -> None:
     """Two products one after the other, of 4e-6 each; fp16's own rounding beside it is 3e-4."""
     given = inputs(n, dtype)
     limit = 1e-5 if dtype == torch.float32 else 4e-4
@@ -216,7 +169,7 @@ def test_cpp_gives_the_same_bits_again_and_on_any_number_of_threads(
 ) -> None:
     """One document is a task for each query head where there are threads for them, many are not."""
     for lengths in ((500,), (60,) * 14):
-        n = Case(lengths, *heads, 48)
+        n = Packed(lengths, *heads, 48)
         given = inputs(n, dtype)
         checks.assert_steady(lambda n=n, given=given: run(backend, n, given))
 
@@ -225,27 +178,22 @@ def test_cpp_gives_the_same_bits_again_and_on_any_number_of_threads(
 @pytest.mark.parametrize("window", [0, 20])
 def test_other_documents_change_no_bit(window: int, backend: str) -> None:
     """Whatever they hold, NaN too, and however long they are."""
-    n = Case((130, 300, 41), 4, 2, 32, window)
+    n = Packed((130, 300, 41), 4, 2, 32, window)
     given = inputs(n, torch.float32)
-    want = [t[130:430] for t in _by_token(run(backend, n, given))]
+    want = [t[130:430] for t in by_token(run(backend, n, given))]
     for value in (3.0, torch.nan):
         changed = [t.clone() for t in given]
         for t in changed:
             t[:130], t[430:] = value, value
-        checks.assert_same_bits([t[130:430] for t in _by_token(run(backend, n, changed))], want)
+        checks.assert_same_bits([t[130:430] for t in by_token(run(backend, n, changed))], want)
     cut = [t[123:471] for t in given]
-    shorter = Case((7, 300, 41), 4, 2, 32, window)
-    checks.assert_same_bits([t[7:307] for t in _by_token(run(backend, shorter, cut))], want)
-
-
-def _by_token(results: list[torch.Tensor]) -> list[torch.Tensor]:
-    o, lse, *grads = results
-    return [o, lse.T, *grads]
+    shorter = Packed((7, 300, 41), 4, 2, 32, window)
+    checks.assert_same_bits([t[7:307] for t in by_token(run(backend, shorter, cut))], want)
 
 
 @everywhere
 def test_later_tokens_change_no_bit(backend: str) -> None:
-    n = Case((400,), 2, 1, 32)
+    n = Packed((400,), 2, 1, 32)
     given = inputs(n, torch.float32)
     o, lse, *_ = run(backend, n, given)
     changed = [t.clone() for t in given]
@@ -260,7 +208,7 @@ def test_later_tokens_change_no_bit(backend: str) -> None:
 @pytest.mark.parametrize("dtype", checks.DTYPES)
 def test_cpp_reads_views(dtype: torch.dtype, backend: str) -> None:
     """Parts of one fused projection, heads before tokens, D with gaps, expanded."""
-    n = Case((70, 29), 4, 2, 24)
+    n = Packed((70, 29), 4, 2, 24)
     given = inputs(n, dtype)
     want = run(backend, n, given)
     fused = torch.cat(given[:3], 1)
@@ -277,9 +225,9 @@ def test_cpp_reads_views(dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("lengths", [(), (0, 0)])
 @pytest.mark.parametrize("rest", [0, 4])
 def test_no_documents(rest: int, lengths: tuple[int, ...], backend: str) -> None:
-    n = Case(lengths, 4, 2, 8, rest=rest)
+    n = Packed(lengths, 4, 2, 8, rest=rest)
     given = inputs(n, torch.float32)
-    for got, like in zip(_by_token(run(backend, n, given)), [0, None, 0, 1, 2], strict=True):
+    for got, like in zip(by_token(run(backend, n, given)), [0, None, 0, 1, 2], strict=True):
         shape = (rest, 4) if like is None else given[like].shape
         assert got.shape == shape and not got.any()
 
@@ -288,7 +236,7 @@ def test_no_documents(rest: int, lengths: tuple[int, ...], backend: str) -> None
 @pytest.mark.parametrize("isa", checks.ISAS)
 def test_cpp_passes_what_is_not_finite(isa: str, backend: str) -> None:
     """To the tokens that see it, which with a window are not all."""
-    n = Case((300,), 2, 1, 32, window=50)
+    n = Packed((300,), 2, 1, 32, window=50)
     q, k, v, do = inputs(n, torch.float32)
     k[40, 0, 3] = torch.nan
     with checks.isa(isa):
@@ -301,7 +249,7 @@ def test_cpp_passes_what_is_not_finite(isa: str, backend: str) -> None:
 @pytest.mark.parametrize("isa", checks.ISAS)
 def test_cpp_keeps_scores_of_any_size(isa: str) -> None:
     """Up to ±1,000 apart: one key has all the weight, and nothing overflows."""
-    n = Case((260,), 2, 1, 32)
+    n = Packed((260,), 2, 1, 32)
     q, k, v, do = inputs(n, torch.float32)
     given = [60 * q, k, v, do]
     with checks.isa(isa):
@@ -311,7 +259,7 @@ def test_cpp_keeps_scores_of_any_size(isa: str) -> None:
 
 @everywhere
 def test_compiles_whole(backend: str) -> None:
-    n = Case((9, 4), 2, 1, 8)
+    n = Packed((9, 4), 2, 1, 8)
     q, k, v, _ = inputs(n, torch.float32)
 
     def function(q, k, v, cu_seqlens):
@@ -323,7 +271,7 @@ def test_compiles_whole(backend: str) -> None:
 
 @backends
 def test_goes_with_autocast(backend: str) -> None:
-    n = Case((20, 11), 2, 1, 16)
+    n = Packed((20, 11), 2, 1, 16)
     given = inputs(n, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         o, *_ = varlen_attention(*given[:3], n.cu_seqlens, backend=backend)
@@ -343,9 +291,10 @@ def test_heads_too_wide_are_the_definitions() -> None:
     assert dispatch.choose("varlen_attention", head_dim=256).backend == "cpp"
     wide = dispatch.choose("varlen_attention", head_dim=264)
     assert (wide.backend, wide.why) == (
-        "torch", "plain definition; no cpp: heads are 264 wide, over 256"
+        "torch",
+        "plain definition; no triton: tensors are on the CPU; no cpp: heads are 264 wide, over 256",
     )  # fmt: skip
-    n = Case((5,), 1, 1, 264)
+    n = Packed((5,), 1, 1, 264)
     q, k, v, _ = inputs(n, torch.float32)
     auto = varlen_attention(q, k, v, n.cu_seqlens)
     checks.assert_same_bits(auto, varlen_attention(q, k, v, n.cu_seqlens, backend="torch"))
@@ -355,7 +304,7 @@ def test_heads_too_wide_are_the_definitions() -> None:
 
 @backends
 def test_what_does_not_fit_is_refused(backend: str) -> None:
-    n = Case((5, 4), 4, 2, 8)
+    n = Packed((5, 4), 4, 2, 8)
     q, k, v, _ = inputs(n, torch.float32)
     cu = n.cu_seqlens
 

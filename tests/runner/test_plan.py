@@ -4,6 +4,7 @@ trying them all."""
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 from collections.abc import Iterator
@@ -458,15 +459,21 @@ def test_weights_in_4_bits_are_not_packed_for_each_call(facts: ModelFacts) -> No
 def test_attention_stays_where_only_the_definition_runs(facts: ModelFacts) -> None:
     """Its loop over documents is slower than what transformers has; who asks for it gets it."""
     gpus = Fleet(gpus_per_node=1, memory_bytes=2**34)
-    assert kernels(facts, gpus)["varlen_attention"] == "off"
-    assert kernels(facts, gpus, kernels={"default": "triton"})["varlen_attention"] == "off"
     assert kernels(facts, gpus, kernels={"default": "torch"})["varlen_attention"] == "torch"
-    with pytest.raises(BackendError, match="varlen_attention has no backend 'triton'"):
-        kernels(facts, gpus, kernels={"varlen_attention": "triton"})
     wide = dataclasses.replace(facts, head_dim=264)
+    assert kernels(wide, gpus)["varlen_attention"] == "off"
+    with pytest.raises(BackendError, match="heads are 264 wide, over 256; use auto"):
+        kernels(wide, gpus, kernels={"varlen_attention": "triton"})
     assert kernels(wide)["varlen_attention"] == "off"
     fits = "cpp" if native.state().available else "off"
     assert kernels(facts)["varlen_attention"] == fits
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_attention_on_gpus_is_tritons(facts: ModelFacts) -> None:
+    gpus = Fleet(gpus_per_node=1, memory_bytes=2**34)
+    for section in ({}, {"default": "triton"}, {"varlen_attention": "triton"}):
+        assert kernels(facts, gpus, kernels=section)["varlen_attention"] == "triton"
 
 
 def test_a_backend_that_cant_run_ends_the_plan(facts: ModelFacts) -> None:
