@@ -18,6 +18,7 @@ from trimpot.runner import hub
 from trimpot.runner.adapters.lora import LoraLinear, lora_layers
 from trimpot.runner.adapters.nf4_linear import Nf4Linear
 from trimpot.runner.errors import ConfigError
+from trimpot.runner.families import FAMILIES, SANDWICHED
 from trimpot.runner.fused.attention import AttentionKind, FusedAttention
 from trimpot.runner.fused.classes import put
 from trimpot.runner.fused.documents import with_documents
@@ -28,8 +29,6 @@ from trimpot.runner.fused.mlp import GATES, FusedMLP, gate_op
 from trimpot.runner.fused.norm import FusedNorm, norm_kind
 
 OFF = "off"
-FAMILIES = ("gemma", "gemma2", "gemma3", "llama", "mistral", "qwen2", "qwen3", "smollm3")
-SANDWICHED = ("gemma2", "gemma3")
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers of one block that have the same input."""
 NOUNS = {

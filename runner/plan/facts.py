@@ -36,6 +36,8 @@ class ModelFacts:
     shapes: dict[str, tuple[int, ...]]
     activation: str = ""
     """Of its feed-forward layers, as config.json names it."""
+    family: str = ""
+    """The model type that config.json names, of a multimodal model its text part's."""
     quantization: str = ""
     """nf4, where the files hold linear layers so already."""
 
@@ -117,6 +119,7 @@ def facts_from(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], name:
         max_positions=first("max_position_embeddings", "n_positions", default=1 << 30),
         shapes=shapes,
         activation=_activation(text),
+        family=str(text.get("model_type") or config["model_type"]).removesuffix("_text"),
         quantization=quantization_of(config, name),
     )
 

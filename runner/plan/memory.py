@@ -3,7 +3,8 @@
 Weights, gradients and optimizer state follow Rajbhandari et al. 2020 (ZeRO, §3.1, §5):
 bf16 weights and gradients 2 B each, fp32 master and two Adam moments 12 B per trained parameter.
 Activations count what autograd keeps per token of a pre-norm decoder with SDPA (no s² term:
-Korthikanti et al. 2022, §4.1, less its dropout masks), and logits with their fp32 copies.
+Korthikanti et al. 2022, §4.1, less its dropout masks), and logits with their fp32 copies; where our
+kernels run, what those keep.
 """
 
 from __future__ import annotations
@@ -11,9 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trimpot.runner.config import Config
+from trimpot.runner.families import FAMILIES, NORMED_HEADS, SANDWICHED
 from trimpot.runner.plan.facts import ModelFacts
+from trimpot.runner.plan.kernels import GATED, OFF
 from trimpot.runner.plan.nf4_files import NF4, bytes_of
 from trimpot.runner.types import Memory
+
+Kernels = dict[str, dict[str, str]]
+"""{op: {"backend", "why"}}, as Plan has it."""
+CHUNK_ROWS = 1024
+"""Of logits that are there at a time, at most (kernels/ops/logits.py)."""
+PACKED_BYTES = {"int16": 2, "int8": 2, "bf16x3": 4}
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,10 @@ def trained_parameters(config: Config, facts: ModelFacts) -> int:
     return facts.parameters
 
 
-def predict_memory(config: Config, facts: ModelFacts, at: Arrangement) -> Memory:
-    """Peak bytes of one worker at `at`, in forward + backward + step."""
+def predict_memory(
+    config: Config, facts: ModelFacts, at: Arrangement, kernels: Kernels | None = None
+) -> Memory:
+    """Peak bytes of one worker at `at`, in forward + backward + step. `kernels`: of the plan."""
     item = 2 if config.precision == "bf16" else 4
     world, stage = at.world_size, at.zero_stage
     trained = trained_parameters(config, facts)
@@ -55,13 +66,49 @@ def predict_memory(config: Config, facts: ModelFacts, at: Arrangement) -> Memory
     # fp32 training needs no master copy at stage 0; ZeRO's flat partitions are one.
     state = 12 if item == 2 or stage > 0 else 8
     optimizer = trained * state // (world if stage else 1)
+    ours = Ours(config, facts, kernels or {})
     return Memory(
-        weights=weights,
+        weights=weights + ours.packs(),
         gradients=trained * item // (world if stage >= 2 else 1),
         optimizer=0 if config.fleet.offload_optimizer else optimizer,
-        activations=_activations(config, facts, at.micro_batch_size, item),
-        logits=_tokens(config, facts, at.micro_batch_size) * facts.vocab * (item + 8),
+        activations=_activations(config, facts, at.micro_batch_size, item, ours),
+        logits=ours.logit_rows(_tokens(config, facts, at.micro_batch_size))
+        * facts.vocab
+        * (item + 8),
     )
+
+
+@dataclass(frozen=True)
+class Ours:
+    """What our kernels leave out and add, in models whose layers are known."""
+
+    config: Config
+    facts: ModelFacts
+    kernels: Kernels
+
+    def on(self, op: str) -> bool:
+        return self.facts.family in FAMILIES and self._backend(op) != OFF
+
+    def _backend(self, op: str) -> str:
+        return self.kernels.get(op, {}).get("backend", OFF)
+
+    def layers(self) -> bool:
+        """Whether norms' outputs and gated products are made again (runner/fused/remake.py)."""
+        gated = GATED.get(self.facts.activation, "")
+        return all(map(self.on, ("add_rms_norm", "rope", "varlen_attention", gated)))
+
+    def logit_rows(self, tokens: int) -> int:
+        return min(tokens, CHUNK_ROWS) if self.on("linear_cross_entropy") else tokens
+
+    def packs(self) -> int:
+        """Frozen linear layers and the head once more, as CPU products of 16 bits want them."""
+        if self.config.method != "lora" or not self._backend("lora_linear").startswith("cpp"):
+            return 0
+        gemm = self.config.kernels.cpu_gemm
+        low = gemm == "auto" and self.config.precision == "bf16"
+        each = PACKED_BYTES.get(gemm, 2 if low else 0)
+        sizes = [d_out * d_in for d_out, d_in in self.facts.linears("all-linear").values()]
+        return each * (sum(sizes) + self.facts.vocab * self.facts.hidden)
 
 
 def _quantised_less_plain(config: Config, facts: ModelFacts, item: int) -> int:
@@ -69,7 +116,7 @@ def _quantised_less_plain(config: Config, facts: ModelFacts, item: int) -> int:
     is recomputed has all of its own at a time, another the two that share an input."""
     sizes = [d_out * d_in for d_out, d_in in facts.linears("all-linear").values()]
     in_use = 2 * max(sizes, default=0)
-    if config.model.activation_checkpointing:
+    if config.model.activation_checkpointing is True:
         in_use = facts.largest_layer
     return sum(bytes_of(n, config.model.double_quant) - n * item for n in sizes) + in_use * item
 
@@ -80,7 +127,9 @@ def _tokens(config: Config, facts: ModelFacts, micro_batch_size: int) -> int:
     return -(-row // config.fleet.sequence_parallel_size)
 
 
-def _activations(config: Config, facts: ModelFacts, micro_batch_size: int, item: int) -> int:
+def _activations(
+    config: Config, facts: ModelFacts, micro_batch_size: int, item: int, ours: Ours
+) -> int:
     tokens = _tokens(config, facts, micro_batch_size)
     attention = facts.heads * facts.head_dim
     kv = facts.kv_heads * facts.head_dim
@@ -89,6 +138,14 @@ def _activations(config: Config, facts: ModelFacts, micro_batch_size: int, item:
     norms = 2 * (2 * facts.hidden * 4 + facts.hidden * item)
     rows = 2 * (attention + kv) + kv + attention + 4 * facts.intermediate + 2 * facts.hidden
     layer = tokens * (norms + rows * item)
-    if config.model.activation_checkpointing:  # each layer keeps its input, one is recomputed
+    if config.model.activation_checkpointing is True:  # each keeps its input, one is recomputed
         return facts.layers * tokens * facts.hidden * item + layer
-    return facts.layers * layer
+    if not ours.layers():
+        return facts.layers * layer
+    # Both sums of the residual stream, rotated q and k, v, attention's output; gate and up unless
+    # they are made again. The rest is there in one layer at a time.
+    kept = 2 * facts.hidden + 2 * (attention + kv)
+    kept += 2 * facts.hidden if facts.family in SANDWICHED else 0
+    kept += attention + kv if facts.family in NORMED_HEADS else 0
+    kept += 0 if config.model.activation_checkpointing else 2 * facts.intermediate
+    return facts.layers * tokens * kept * item + layer

@@ -12,7 +12,7 @@ from trimpot.runner.config import Config, check_config
 from trimpot.runner.errors import PlanError
 from trimpot.runner.plan.facts import ModelFacts
 from trimpot.runner.plan.kernels import ATTENTION, choose_kernels
-from trimpot.runner.plan.memory import Arrangement, predict_memory
+from trimpot.runner.plan.memory import Arrangement, Kernels, predict_memory
 from trimpot.runner.types import Fleet, Memory, Plan
 
 FITS = 0.92
@@ -37,10 +37,10 @@ def make_plan(config: Config, fleet: Fleet, facts: ModelFacts, run_dir: str) -> 
             f"model.quantization={facts.quantization} to train adapters on it"
         )
     lanes = world // config.fleet.sequence_parallel_size
-    stage, micro = _arrange(config, fleet, facts, world)
     kernels = choose_kernels(config, fleet, facts)
     _check_split(config, facts, kernels)
-    memory = predict_memory(config, facts, Arrangement(world, micro, stage))
+    stage, micro = _arrange(config, fleet, facts, world, kernels)
+    memory = predict_memory(config, facts, Arrangement(world, micro, stage), kernels)
     return Plan(
         config=config,
         run_dir=run_dir,
@@ -128,7 +128,9 @@ def _check_split(config: Config, facts: ModelFacts, kernels: dict[str, dict[str,
         )
 
 
-def _arrange(config: Config, fleet: Fleet, facts: ModelFacts, world: int) -> tuple[int, int]:
+def _arrange(
+    config: Config, fleet: Fleet, facts: ModelFacts, world: int, kernels: Kernels
+) -> tuple[int, int]:
     """(zero_stage, micro_batch_size)."""
     wanted = config.fleet.zero_stage
     if wanted == "auto":
@@ -146,7 +148,7 @@ def _arrange(config: Config, fleet: Fleet, facts: ModelFacts, world: int) -> tup
     smallest: Memory | None = None
     for stage in stages:
         for micro in micros:
-            memory = predict_memory(config, facts, Arrangement(world, micro, stage))
+            memory = predict_memory(config, facts, Arrangement(world, micro, stage), kernels)
             if memory.total <= FITS * fleet.memory_bytes:
                 return stage, micro
             smallest = memory if not smallest or memory.total < smallest.total else smallest

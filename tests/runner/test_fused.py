@@ -28,8 +28,9 @@ from torch import nn
 
 from trimpot.runner import hub
 from trimpot.runner.adapters.lora import LoraLinear, add_lora, lora_layers
+from trimpot.runner.families import FAMILIES
 from trimpot.runner.fused.norm import norm_kind
-from trimpot.runner.fused.swap import FAMILIES, NOUNS, swap_in
+from trimpot.runner.fused.swap import NOUNS, swap_in
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

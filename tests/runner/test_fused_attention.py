@@ -24,8 +24,9 @@ from torch.nn import functional
 
 from trimpot.runner import hub
 from trimpot.runner.data.batch import IGNORED
+from trimpot.runner.families import FAMILIES
 from trimpot.runner.fused.documents import DOCUMENTS, cu_seqlens
-from trimpot.runner.fused.swap import FAMILIES, swap_in
+from trimpot.runner.fused.swap import swap_in
 from trimpot.runner.tasks.causal_lm import token_loss_sum
 
 LENGTHS = ((9, 1, 21), (17, 3))

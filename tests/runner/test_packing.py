@@ -23,7 +23,8 @@ from trimpot.runner.data.batch import IGNORED, Batch, collate, join, slice_of
 from trimpot.runner.data.compile import Compiled, compile_splits, load_splits
 from trimpot.runner.data.cursor import Cursor, deal
 from trimpot.runner.data.fill import fill_of
-from trimpot.runner.fused.swap import FAMILIES, swap_in
+from trimpot.runner.families import FAMILIES
+from trimpot.runner.fused.swap import swap_in
 from trimpot.runner.hub import Tokenizer
 from trimpot.runner.plan.facts import read_facts
 from trimpot.runner.plan.plan import make_plan

@@ -26,6 +26,7 @@ from trimpot.runner.config import Config, all_keys, check_config
 from trimpot.runner.errors import ModelError, PlanError
 from trimpot.runner.model import _freeze_but
 from trimpot.runner.plan.facts import ModelFacts, facts_from, read_facts, read_shapes
+from trimpot.runner.plan.kernels import choose_kernels
 from trimpot.runner.plan.memory import Arrangement, predict_memory, trained_parameters
 from trimpot.runner.plan.plan import FITS, make_plan, plan_from_json, plan_to_json
 from trimpot.runner.tasks.causal_lm import token_loss_sum
@@ -239,7 +240,8 @@ def fits(config: Config, facts: ModelFacts, memory: int) -> Iterator[tuple[int, 
     share = config.optim.batch_size // int(config.fleet.workers)
     for stage, micro in itertools.product(range(4), range(share, 0, -1)):
         at = Arrangement(int(config.fleet.workers), micro, stage)
-        if share % micro == 0 and predict_memory(config, facts, at).total <= FITS * memory:
+        needed = predict_memory(config, facts, at, choose_kernels(config, Fleet(), facts)).total
+        if share % micro == 0 and needed <= FITS * memory:
             yield stage, micro
 
 
@@ -263,7 +265,8 @@ def test_the_lowest_stage_then_the_largest_micro_batch(
     plan = make_plan(config, fleet, facts, "/r")
     assert (plan.zero_stage, plan.micro_batch_size) == wanted
     assert plan.world_size * plan.micro_batch_size * plan.gradient_accumulation_steps == 12
-    assert plan.memory == predict_memory(config, facts, Arrangement(workers, wanted[1], wanted[0]))
+    at = Arrangement(workers, wanted[1], wanted[0])
+    assert plan.memory == predict_memory(config, facts, at, plan.kernels)
 
 
 def test_the_sizes_above_try_each_outcome(facts: ModelFacts) -> None:
