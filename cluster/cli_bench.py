@@ -138,7 +138,10 @@ def step(
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="Our GEMMs: int16, bf16x3, int8, fp32; the first is `rows`."),
+        typer.Option(
+            help="Our GEMMs: int16, bf16x3, int8, fp32; the first is `rows`. With +selective "
+            "behind it, gate and up are recomputed."
+        ),
     ] = None,
     peer: Annotated[
         list[str] | None, typer.Option(help="fp32 | bf16 | fp32-documents; all without it.")

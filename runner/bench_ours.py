@@ -25,7 +25,8 @@ class Built:
 
 
 def build_ours(folder: Path, variant: str, rank: int, alpha: float) -> Built:
-    """`variant`: what the GEMMs of frozen weights compute in, as `cpu_gemm` has it."""
+    """`variant`: what the GEMMs of frozen weights compute in, as `cpu_gemm` has it; behind a plus
+    `selective`, the activation checkpointing."""
     plan = plan_of(folder, variant, rank, alpha)
     model = build_model(plan, None)
     adapters: dict[str, nn.Parameter] = {}
@@ -36,15 +37,16 @@ def build_ours(folder: Path, variant: str, rank: int, alpha: float) -> Built:
 
 
 def plan_of(folder: Path, variant: str, rank: int, alpha: float) -> Plan:
+    gemm, _, recomputed = variant.partition("+")
     config = check_config(
         {
-            "model": {"path": str(folder)},
+            "model": {"path": str(folder), "activation_checkpointing": recomputed or False},
             "precision": "fp32",
             "output_dir": str(folder.parent / "run"),
             "adapter": {"lora_rank": rank, "lora_alpha": alpha},
             "data": {"train": "random", "max_length": 64},
             "optim": {"batch_size": 1},
-            "kernels": {"cpu_gemm": variant},
+            "kernels": {"cpu_gemm": gemm},
         },
         "bench step",
     )
