@@ -29,10 +29,11 @@ AHEAD = 1.05
 def permitted(arithmetic: str, dtype: torch.dtype) -> tuple[str, ...]:
     """Candidates, the preferred one first. auto leaves float32 tensors in fp32.
 
-    Those are torch's: 1.02 to 1.17 times as fast in lora_linear as PEFT's form at S (Intel with
-    AVX-512, one thread), where tiles of our own were at 0.81 to 0.91. And it is one, not the
-    faster of two: a run that goes on in another process must have the bits of one that was never
-    stopped, and near a tie a measurement falls now this way, now that.
+    For those there is one, not the faster of two: a run that goes on in another process must have
+    the bits of one that was never stopped, and near a tie a measurement falls now this way, now
+    that. On AVX-512 it is tiles of our own, at 0.81 to 0.91 of the rate of torch's product in
+    lora_linear at S: MKL cuts sums by the number of its threads, and our bits are to be the same on
+    any number.
     """
     if arithmetic not in ARITHMETICS:
         raise BackendError(f"cpu_gemm is {arithmetic!r}; one of {', '.join(ARITHMETICS)} is wanted")
@@ -49,11 +50,11 @@ def permitted(arithmetic: str, dtype: torch.dtype) -> tuple[str, ...]:
             return ("bf16x3", "torch")
         if extension.gemm_fast_int16():
             return ("int16", "torch")
-    if dtype == torch.float32:
-        return ("torch",)
-    if arithmetic == "fp32":
+    if dtype != torch.float32 and arithmetic == "fp32":
         return ("fp32",)  # torch's product would be of 16 bits
-    return ("fp32", "torch")
+    if dtype != torch.float32:
+        return ("fp32", "torch")
+    return ("fp32",) if extension.gemm_isa() == "avx512" else ("torch",)
 
 
 def choose(arithmetic: str, dtype: torch.dtype, depth: int, outputs: int) -> str:

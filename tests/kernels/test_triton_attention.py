@@ -61,8 +61,10 @@ def _mended() -> None:
 @pytest.mark.parametrize("n", CASES, ids=str)
 def interpreted_obeys_the_rule(n: Packed, dtype: torch.dtype) -> None:
     given = inputs(n, dtype)
-    got = run("triton", n, given)
-    checks.assert_twice(got, run("torch", n, given), run("torch", n, doubles(given)))
+    got, plain = run("triton", n, given), run("torch", n, given)
+    # Of one key torch's weight is exactly 1; ours has the rounding of s, a product summed twice.
+    units = 1 + float(plain[1].abs().max()) if n.lengths == (1,) else 0.5
+    checks.assert_twice(got, plain, run("torch", n, doubles(given)), units)
 
 
 @pytest.mark.parametrize("target", sorted(backend.TILES))
@@ -169,8 +171,9 @@ def interpreted_keeps_scores_of_any_size() -> None:
     n = Packed((130,), 2, 1, 32)
     q, k, v, do = inputs(n, torch.float32)
     given = [60 * q, k, v, do]
-    got = run("triton", n, given)
-    checks.assert_twice(got, run("torch", n, given), run("torch", n, doubles(given)))
+    got, plain = run("triton", n, given), run("torch", n, given)
+    # A weight has the rounding of its score, which is summed once more in backward.
+    checks.assert_twice(got, plain, run("torch", n, doubles(given)), float(plain[1].abs().max()))
 
 
 def interpreted_a_wrong_list_on_a_gpu_leaves_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from trimpot.cluster.cli import app
-from trimpot.runner import folders
+from trimpot.runner import checkpoint, folders
 from trimpot.runner.adapters.lora import LoraLinear
 from trimpot.runner.adapters.peft_io import CONFIG, WEIGHTS
 from trimpot.runner.config import Config
@@ -392,13 +392,19 @@ def test_a_disk_that_is_full_or_read_only_is_said(
 # --- runs that are not what they should be
 
 
+def rewrite_manifest(run: Path, **changes: Any) -> None:
+    """As a save of that content would have written it: sealed."""
+    path = next(run.glob("checkpoints/step-*/manifest.json"))
+    manifest = {**json.loads(path.read_text()), **changes}
+    path.write_text(checkpoint._text({**manifest, "seal": checkpoint._seal(manifest)}))
+
+
 def test_an_unfinished_run_is_exported_from_its_checkpoint(
     lora: Path, model: Path, caplog: pytest.LogCaptureFixture
 ):
     finished = load_file(lora / "adapter" / WEIGHTS)
     shutil.rmtree(lora / "adapter")
-    manifest = next(lora.glob("checkpoints/step-*/manifest.json"))
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False}))
+    rewrite_manifest(lora, complete=False)
     with caplog.at_level(logging.WARNING):
         result = export_run(lora, None, merged=False, dtype=None)
     assert "has not finished: step 3 of 3" in caplog.text
@@ -426,8 +432,7 @@ def other_alpha(run: Path) -> None:
 
 
 def foreign_checkpoint(run: Path) -> None:
-    manifest = next(run.glob("checkpoints/step-*/manifest.json"))
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "plan_digest": "0"}))
+    rewrite_manifest(run, plan_digest="0")
 
 
 def untrained_adapter(run: Path) -> None:
