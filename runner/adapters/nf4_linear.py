@@ -16,6 +16,7 @@ from torch import nn
 
 from trimpot.kernels.ops.nf4 import Nf4, dequantise
 from trimpot.kernels.ops.opmath import in_working_type
+from trimpot.runner.fused.remake import had_again, to_keep
 
 PARTS = ("packed", "absmax", "nested_absmax", "nested_map")
 
@@ -99,15 +100,15 @@ def frozen_weights(layers: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[
         yield weights
         return
 
-    def pack(saved: torch.Tensor) -> torch.Tensor | _Rebuild:
+    def pack(saved: torch.Tensor) -> Any:
         layer = made.get(saved.untyped_storage().data_ptr())
         if layer is None:
-            return saved
+            return to_keep(saved)
         like = torch.empty_strided(saved.shape, saved.stride(), dtype=saved.dtype, device="meta")
         return _Rebuild(layer, like, int(saved.storage_offset()))
 
-    def unpack(kept: torch.Tensor | _Rebuild) -> torch.Tensor:
-        return kept() if isinstance(kept, _Rebuild) else kept
+    def unpack(kept: Any) -> torch.Tensor:
+        return kept() if isinstance(kept, _Rebuild) else had_again(kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield weights

@@ -26,7 +26,7 @@ class Remaking:
     def __init__(self, products: bool):
         self.products = products
         self.known: dict[int, tuple[torch.Tensor, Make]] = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, had_again)
 
     def __enter__(self) -> None:
         self.token = _active.set(self)
@@ -43,7 +43,7 @@ class Remaking:
             return None
         return make
 
-    def _pack(self, saved: torch.Tensor) -> Any:
+    def keep(self, saved: torch.Tensor) -> Any:
         make = self.make_of(saved)
         return saved if make is None else (make, saved.shape)
 
@@ -51,8 +51,15 @@ class Remaking:
 _active: ContextVar[Remaking | None] = ContextVar("remaking", default=None)
 
 
+def to_keep(saved: torch.Tensor) -> Any:
+    """What autograd is to hold of a tensor: for hooks in a layer, which hide the layer's own."""
+    remaking = _remaking()
+    return saved if remaking is None else remaking.keep(saved)
+
+
 @torch.no_grad()
-def _unpack(kept: Any) -> torch.Tensor:
+def had_again(kept: Any) -> torch.Tensor:
+    """What `to_keep` was given."""
     if isinstance(kept, torch.Tensor):
         return kept
     make, shape = kept

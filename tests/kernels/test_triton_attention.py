@@ -3,10 +3,7 @@ test_varlen_attention.py holds to plain softmax and torch's sdpa), and against i
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
+import interpreted
 import kernel_checks as checks
 import pytest
 import torch
@@ -18,9 +15,9 @@ from trimpot.kernels import dispatch
 from trimpot.kernels.errors import BackendError, KernelError
 from trimpot.kernels.ops.varlen_attention import varlen_attention
 from trimpot.kernels.proof.limits import SHARED_BYTES, TARGETS
-from trimpot.kernels.triton import launch
 from trimpot.kernels.triton import varlen_attention as backend
 
+mended = interpreted.mended
 every_dtype = pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
 
 CASES = [
@@ -40,21 +37,7 @@ CASES = [
 
 def test_under_the_interpreter() -> None:
     """The rest of this file, in a process where Triton interprets."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
-    done = subprocess.run(
-        [*command, "-o", "python_functions=interpreted_*", __file__],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.fixture(autouse=True)
-def _mended() -> None:
-    if launch.interpreted():
-        from trimpot.kernels.proof import interpreter
-
-        interpreter.enable()
+    interpreted.run_interpreted(__file__)
 
 
 @every_dtype

@@ -3,12 +3,10 @@ and against the torch backend. What it moves is held to the budget at the sizes 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
+import interpreted
 import kernel_checks as checks
 import numpy as np
 import pytest
@@ -25,26 +23,13 @@ from trimpot.kernels.triton import launch, lora_linear, philox
 Tensors = list[torch.Tensor]
 Segment = tuple[int, int, int]
 
+mended = interpreted.mended
 every_dtype = pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
 
 
 def test_under_the_interpreter() -> None:
     """The rest of this file, in a process where Triton interprets. (35 s)"""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
-    done = subprocess.run(
-        [*command, "-o", "python_functions=interpreted_*", __file__],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.fixture(autouse=True)
-def _mended() -> None:
-    if launch.interpreted():
-        from trimpot.kernels.proof import interpreter
-
-        interpreter.enable()
+    interpreted.run_interpreted(__file__)
 
 
 @dataclass(frozen=True)

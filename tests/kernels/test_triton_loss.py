@@ -3,12 +3,10 @@ ops/*.py: `reference` in float64 with torch's own gradients, and against the tor
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
+import interpreted
 import kernel_checks as checks
 import pytest
 import torch
@@ -31,18 +29,13 @@ SHAPES = [(5, 37), (6, 8200), (3, 20011)]
 """M, V: one block, the second block of a pair, more than a pair; rows of 16-bit types end within
 a load's 16 bytes."""
 
+mended = interpreted.mended
 every_dtype = pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
 
 
 def test_under_the_interpreter() -> None:
     """The rest of this file, in a process where Triton interprets. (25 s)"""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
-    done = subprocess.run(
-        [*command, "-o", "python_functions=interpreted_*", __file__],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpreted.run_interpreted(__file__)
 
 
 def test_needs_a_gpu_or_the_interpreter() -> None:
@@ -51,14 +44,6 @@ def test_needs_a_gpu_or_the_interpreter() -> None:
         loss_op.linear_cross_entropy(h, weight, labels, backend="triton")
     with pytest.raises(BackendError, match="it runs on a GPU"):
         logp_op.token_logprobs(h, weight, labels, backend="triton")
-
-
-@pytest.fixture(autouse=True)
-def _mended() -> None:
-    if launch.interpreted():
-        from trimpot.kernels.proof import interpreter
-
-        interpreter.enable()
 
 
 @dataclass(frozen=True)

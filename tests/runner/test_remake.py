@@ -23,6 +23,7 @@ from trimpot.runner.fused.swap import remake_products, swap_in
 from trimpot.runner.plan.facts import read_facts
 from trimpot.runner.plan.kernels import choose_kernels
 from trimpot.runner.plan.memory import Arrangement, predict_memory
+from trimpot.runner.quantized import dequantise_layers, load_nf4
 from trimpot.runner.tasks.causal_lm import token_loss_sum
 from trimpot.runner.types import Fleet
 
@@ -105,6 +106,28 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     slack = 0.02 * kept
     assert kept - sparing == pytest.approx(2 * HIDDEN + INNER, abs=slack)
     assert sparing - selective == pytest.approx(2 * INNER, abs=slack)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallinfo2 is glibc's")
+def test_bases_in_4_bits_hold_no_more(tmp_path: Path) -> None:
+    """Their layers have hooks of their own inside."""
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 6,
+        "head_dim": 32,
+        "max_position_embeddings": TOKENS,
+    }
+    build("llama", **sizes).save_pretrained(tmp_path)
+    found: list[float] = []
+    for in_4_bits in (True, False):
+        model: Any = load_nf4(tmp_path, dtype=torch.float32)
+        if not in_4_bits:
+            dequantise_layers(model, torch.float32)
+        add_lora(model, ADAPTER, seed=0)
+        swap_in(model, table("torch"))
+        found.append(held(model))
+    assert found[0] == pytest.approx(found[1], rel=0.02)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallinfo2 is glibc's")
