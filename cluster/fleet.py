@@ -63,7 +63,7 @@ def _host_memory() -> int:
 
 def _fleet(config: Config, gpus: int, cpus: int, memory: int) -> Fleet:
     said = config.fleet
-    workers = said.sequence_parallel_size if said.workers == "auto" else said.workers
+    workers = said.most_workers or said.sequence_parallel_size
     per_node = max(1, -(-workers // said.nodes))
     if said.gpu is not None:
         gpus = max(gpus, per_node)

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimpot.runner.errors import ClusterError, TrainError, TrimpotError
+from trimpot.cluster.rooms import worker_gpus
+from trimpot.cluster.verdict import explain
+from trimpot.runner.errors import ClusterError
 from trimpot.runner.plan.plan import plan_to_json
 from trimpot.runner.types import Plan
 
 log = logging.getLogger(__name__)
+MANY_WORKERS = 64
 ANSWER_WITHIN_S = 5.0
 """How long a cluster's address may take to accept a connection."""
 
@@ -164,16 +167,16 @@ class Outcome:
     complete: bool
 
 
-def run_plan(
-    ray: Any, plan: Plan, watch: Callable[[Callable[[], bool]], None], local: bool
-) -> Outcome:
-    """Run the plan's workers under Ray Train until they end.
+def run_plan(plan: Plan, watch: Callable[[Callable[[], bool]], None], local: bool) -> Outcome:
+    """Start the plan's workers under Ray Train once, and wait until they end.
 
     `local`: Ray was started by this process, and is as large as it will ever be.
     `watch(ended)` runs in the calling thread meanwhile and returns once `ended()` is true.
-    Raises the worker's own TrimpotError, ClusterError without room, TrainError for the rest.
+    Raises the worker's own TrimpotError, or a WorkerError whose cause is Ray's exception.
     """
-    wait_for_room(ray, plan, 0.0 if local else plan.config.fleet.start_timeout_s)
+    # A worker that died is noticed by the controller's next look; its default is 2 s.
+    if plan.world_size <= MANY_WORKERS:
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if local:  # it ends with this process: nothing outlives it, and nobody will preempt it
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     result: list[Any] = []
@@ -181,10 +184,8 @@ def run_plan(
     thread.start()
     watch(lambda: not thread.is_alive())
     thread.join()
-    if not result:
-        raise TrainError("Ray Train ended without a result")
     if isinstance(result[0], BaseException):
-        raise explain(result[0], plan) from result[0]
+        raise explain(result[0]) from result[0]
     values = result[0].return_value
     return Outcome(step=values["step"], complete=values["complete"])
 
@@ -214,7 +215,13 @@ def _fit(plan: Plan, local: bool) -> Any:
             resources_per_worker={"CPU": fleet.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=ray.train.RunConfig(
-            name="ray", storage_path=str(Path(plan.run_dir) / ".ray"), callbacks=[]
+            name="ray",
+            storage_path=str(Path(plan.run_dir) / ".ray"),
+            callbacks=[],
+            # Who starts again, and with how many workers, is policy.py's to say.
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=0
+            ),
         ),
         local=local,
     )
@@ -226,71 +233,7 @@ def _fit(plan: Plan, local: bool) -> Any:
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     started = time.time()
+    from trimpot.cluster.ranks import NOTICE
     from trimpot.runner.worker import run_worker
 
-    return run_worker(config["plan"], started, config["handed"])
-
-
-def worker_gpus(plan: Plan) -> int:
-    """GPUs of each worker: as the config says, else one where the cluster has any."""
-    gpus = plan.config.fleet.gpus_per_worker
-    if gpus != "auto":
-        return gpus
-    import ray
-
-    return 1 if ray.cluster_resources().get("GPU", 0) else 0
-
-
-def wait_for_room(ray: Any, plan: Plan, wait_s: float) -> None:
-    """Wait until the cluster could hold the workers, asking its autoscaler for them if it has one.
-
-    Raises ClusterError after `wait_s`.
-    """
-    fleet = plan.config.fleet
-    worker: dict[str, float] = {"CPU": fleet.cpus_per_worker}
-    if gpus := worker_gpus(plan):
-        worker["GPU"] = gpus
-    deadline = time.monotonic() + wait_s
-    asked = False
-    while True:
-        has = ray.cluster_resources()
-        missing = [n for n, each in worker.items() if has.get(n, 0) < each * plan.world_size]
-        if not missing:
-            return
-        if time.monotonic() > deadline:
-            name = missing[0]
-            raise ClusterError(
-                f"{plan.world_size} workers want {worker[name] * plan.world_size:g} {name}s and "
-                f"the cluster has {has.get(name, 0):g} after {wait_s:g} s; "
-                "set fleet.workers lower, or add nodes"
-            )
-        if not asked:
-            from ray.autoscaler.sdk import request_resources
-
-            request_resources(bundles=[worker] * plan.world_size)
-            asked = True
-        time.sleep(0.2)
-
-
-def explain(error: BaseException, plan: Plan) -> TrimpotError:
-    """The one line that says why a run failed, out of Ray's nest of exceptions."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for rank in sorted(failures):
-        cause: BaseException | None = failures[rank]
-        while cause is not None:
-            if isinstance(cause, TrimpotError):
-                return cause
-            cause = getattr(cause, "cause", None) or cause.__cause__
-    if failures:
-        rank, first = next(iter(sorted(failures.items())))
-        return TrainError(f"worker {rank} failed: {_why(first)}; see {plan.run_dir}/failure.log")
-    why = _why(error)
-    if "No module named 'trimpot'" in str(error):
-        return ClusterError(f"{why} on the cluster's nodes; install trimpot there, as here")
-    return TrainError(f"Ray Train failed: {why}; see {plan.run_dir}/failure.log")
-
-
-def _why(error: BaseException) -> str:
-    """The last line that says something: Ray's errors carry a remote traceback before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return run_worker(config["plan"], started, config["handed"], NOTICE.is_set)

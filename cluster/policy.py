@@ -35,7 +35,7 @@ Kind = Literal[
 """
 
 FINAL: frozenset[Kind] = frozenset({"mistake"})
-UNCOUNTED: frozenset[Kind] = frozenset({"preempted", "no room"})
+UNCOUNTED: frozenset[Kind] = frozenset({"preempted"})
 REPRODUCIBLE: frozenset[Kind] = frozenset({"exception", "out of memory"})
 """The same at the same step is no accident: sample k is the same on every start."""
 LONGEST_WAIT_S = 60.0
@@ -73,6 +73,10 @@ class Limits:
     """Counted failures in a row, without a newer checkpoint between them, that end the run."""
     preemptible: bool = False
     """Nodes may go at any time: losing one is no failure."""
+
+    @property
+    def elastic(self) -> bool:
+        return self.min_workers < self.max_workers
 
     def rounds(self, workers: int) -> int:
         """Micro-batches that each group computes, one after the other, in a step."""

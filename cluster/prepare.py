@@ -37,6 +37,7 @@ RUN_PARTS = (
     "report.html",
     "failure.log",
     "stop",
+    "leave",
 )
 """What `--fresh` removes. Compiled data stay: they are of this run by the time it does."""
 LEAST_FREE_BYTES = 64 * 2**20

@@ -7,7 +7,9 @@ there DeepSpeed could not be told first what not to compile.
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,10 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from trimpot.kernels.heap import keep_freed_memory
+from trimpot.runner.types import NODE
+
+NOTICE = threading.Event()
+"""Set in a worker that was sent SIGTERM: its node will go."""
 
 
 class Trainer(DataParallelTrainer):
@@ -76,13 +82,29 @@ def _set_up_process(address: str, port: int, environment: dict[str, str]) -> Non
         "WORLD_SIZE": str(context.get_world_size()),
         "LOCAL_RANK": str(context.get_local_rank()),
         "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        NODE: ray.get_runtime_context().get_node_id(),
         **environment,
     }
     if environment.get("DS_ACCELERATOR") == "cpu":
         keep_freed_memory()
+    _take_notice()
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(_own_address())):
         # Without it gloo takes the address its host name resolves to, often 127.0.1.1.
         os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _take_notice() -> None:
+    """Have SIGTERM finish and save the step, as a spot node's few seconds allow; a second one does
+    what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # then the signal ends the process at once, as it does without us
+    before = signal.getsignal(signal.SIGTERM)
+
+    def handle(number: int, _: object) -> None:
+        NOTICE.set()
+        signal.signal(number, before)
+
+    signal.signal(signal.SIGTERM, handle)
 
 
 def _own_address() -> str:

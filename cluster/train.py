@@ -12,8 +12,9 @@ from typing import Any
 
 from trimpot.cluster import journal as journals
 from trimpot.cluster.display import Display
+from trimpot.cluster.elastic import Elastic
 from trimpot.cluster.fleet import cluster_fleet, local_fleet
-from trimpot.cluster.launch import Outcome, ray_cluster, run_plan
+from trimpot.cluster.launch import ray_cluster
 from trimpot.cluster.prepare import check_inputs, check_room, draft_plan, prepare_run, run_lock
 from trimpot.cluster.sinks import Sinks, open_sinks
 from trimpot.runner.config import Config
@@ -140,13 +141,15 @@ class Watcher:
     def __init__(self, plan: Plan, display: Display, started: float):
         self.plan, self.display, self.started = plan, display, started
         self.sinks: Sinks | None = None
+        self.elastic: Elastic | None = None
         self.dir = Path(plan.run_dir)
         Journal(self.dir, mend=True).close()
         self.offset = journals.whole_bytes(self.dir / FILE)
 
     def tell(self, event: Event) -> None:
         """Write an event of the driver's own; the journal's readers see it like any other."""
-        with contextlib.closing(Journal(self.dir)) as journal:
+        # After a failure rank 0's last line may be torn; while it lives, its lines are whole.
+        with contextlib.closing(Journal(self.dir, mend=event.kind == "failure")) as journal:
             journal(event)
 
     def warn(self, text: str) -> None:
@@ -165,8 +168,9 @@ class Watcher:
         stopper = Stopper(self.dir, self.display.say)
         status, step, error = "failed", 0, None
         try:
+            self.elastic = Elastic(ray, self.plan, self._watch, self.tell, local)
             with stopper.installed():
-                outcome: Outcome = run_plan(ray, self.plan, self._watch, local)
+                outcome = self.elastic.run()
             status = "done" if outcome.complete else "interrupted"
             step = outcome.step
         except KeyboardInterrupt:
@@ -186,6 +190,8 @@ class Watcher:
 
     def _handle(self, event: dict[str, Any]) -> None:
         self.display.handle(event)
+        if self.elastic is not None:
+            self.elastic.hear(event)
         if self.sinks is not None:
             self.sinks.handle(event)
 

@@ -15,7 +15,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -168,9 +170,36 @@ class OptimSection(Section):
         return self
 
 
+class WorkersSection(Section):
+    min: Positive = 1
+    """Fewer than these do not start."""
+    max: Positive
+    """More than these are not used."""
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> WorkersSection:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is over max {self.max}")
+        return self
+
+
+def _form_of_workers(value: Any) -> str:
+    return "range" if isinstance(value, (dict, WorkersSection)) else "count"
+
+
+Workers = Annotated[
+    Annotated[Positive | Auto, Tag("count")] | Annotated[WorkersSection, Tag("range")],
+    Discriminator(_form_of_workers),
+]
+
+
 class FleetSection(Section):
-    workers: Positive | Auto = "auto"
-    """Ray Train workers; auto: one per GPU of the cluster, or one on a machine without."""
+    workers: Workers = "auto"
+    """Ray Train workers; auto: one per GPU of the cluster, or one on a machine without.
+    {min, max}: as many as there is room for, anew whenever nodes come or go."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Failures in a row, without a new checkpoint between them, that a run survives. Nodes that
+    were taken back with notice do not count; on `preemptible` fleets no lost node does."""
     nodes: Positive = 1
     """Machines, for `trimpot plan` and the price; Ray places the workers where it has room."""
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | Auto = "auto"
@@ -196,6 +225,19 @@ class FleetSection(Section):
     """How long a cluster may take to have room for the workers: nodes join, or are started."""
     network_interface: Name | None = None
     """Interface the workers talk over (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)."""
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """(min, max) where the number of workers may change, else None."""
+        said = self.workers
+        return (said.min, said.max) if isinstance(said, WorkersSection) else None
+
+    @property
+    def most_workers(self) -> int | None:
+        """The most that are asked for; None under auto."""
+        if isinstance(self.workers, WorkersSection):
+            return self.workers.max
+        return None if self.workers == "auto" else self.workers
 
 
 def _off(value: Any) -> Any:
@@ -359,7 +401,8 @@ def _describe(fault: Any) -> str:
         for part in fault["loc"]
         if not (isinstance(part, str) and ("[" in part or "-" in part))
     )
-    loc = tuple(part for part in loc if part not in ("int", "float", "constrained-int"))
+    unions = ("int", "float", "constrained-int", "count", "range")
+    loc = tuple(part for part in loc if part not in unions)
     where = ".".join(str(part) for part in loc)
     match fault["type"]:
         case "extra_forbidden":

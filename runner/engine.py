@@ -333,6 +333,11 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 
 def first_text(text: str) -> str:
     """The first text of a worker, by rank, that is not empty; every worker must call."""
+    return next((found for found in texts(text) if found), "")
+
+
+def texts(text: str) -> list[str]:
+    """Each worker's text, by rank, of 4,096 bytes at most; every worker must call."""
     raw = text.encode()[:4096]
     tensor = torch.zeros(4096 + 2, dtype=torch.int32)
     tensor[0] = len(raw)
@@ -340,10 +345,7 @@ def first_text(text: str) -> str:
     tensor = tensor.to(device())
     gathered = [torch.empty_like(tensor) for _ in range(ranks()[1])]
     dist.all_gather(gathered, tensor)
-    for found in gathered:
-        if length := int(found[0]):
-            return bytes(found[1 : 1 + length].tolist()).decode(errors="replace")
-    return ""
+    return [bytes(x[1 : 1 + int(x[0])].tolist()).decode(errors="replace") for x in gathered]
 
 
 def sum_over_workers(values: list[float]) -> list[float]:

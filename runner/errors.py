@@ -42,12 +42,20 @@ class StorageError(UserError):
     """The run directory can't be written."""
 
 
+class WorkerStorageError(StorageError):
+    """A running worker met an I/O error in the run directory: it may pass."""
+
+
 class ClusterError(UserError):
     """The Ray cluster does not answer, or has too little to offer."""
 
 
 class TrainError(TrimpotError):
     """Training itself failed: a loss that is not finite, a worker that died."""
+
+
+class WorkerError(TrainError):
+    """A worker ended by something that is no error of ours; Ray's exception is its cause."""
 
 
 class SaveError(TrimpotError):

@@ -54,7 +54,8 @@ class Session:
 
     def signals(self) -> list[float]:
         """What this worker tells the others with each step."""
-        stop = self.asked() or (self.rank == 0 and (self.run / "stop").exists())
+        flags = (self.run / "stop", self.run / "leave") if self.rank == 0 else ()
+        stop = self.asked() or any(flag.exists() for flag in flags)
         due = self.pace is not None and self.pace.due() and self.saver.job is None
         return [float(stop), float(due), *self.saver.progress()]
 

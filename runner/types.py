@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from trimpot.runner.config import Config
 
 
+NODE = "TRIMPOT_NODE"
+"""Environment variable that a launcher sets: the id of the node that a worker is on."""
+
+
 @dataclass(frozen=True)
 class Fleet:
     """The machines a run may use. `price_per_hour` is US$ for all of them together."""

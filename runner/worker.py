@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import signal
 import sys
@@ -33,6 +34,7 @@ from trimpot.runner.errors import (
     DataError,
     StorageError,
     TrimpotError,
+    WorkerStorageError,
 )
 from trimpot.runner.journal import Journal
 from trimpot.runner.loop import run_loop
@@ -44,7 +46,7 @@ from trimpot.runner.model import (
 )
 from trimpot.runner.plan.plan import plan_from_json
 from trimpot.runner.session import Report, Session
-from trimpot.runner.types import Checkpoint, Event, Plan
+from trimpot.runner.types import NODE, Checkpoint, Event, Plan
 
 VERSIONS = ("trimpot", "torch", "deepspeed", "transformers", "ray", "numpy", "safetensors")
 CANDIDATES = 64
@@ -57,7 +59,7 @@ def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False)
 
     Every worker of the process group must call. `report` hears rank 0's steps and events.
     Returns the last checkpoint, which is `complete` unless the run was told to stop: by a file
-    RUN/stop, or by `asked` on any worker.
+    RUN/stop or RUN/leave, or by `asked` on any worker.
     """
     clock = Phases(report)
     run = Path(plan.run_dir)
@@ -77,7 +79,8 @@ def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False)
         reader.close()
     clock.tell("engine")
     first = found[0].step + 1 if found else 1
-    report(_start(plan, model, data, held_out, parameters, trained, first))
+    nodes = engines.texts(os.environ.get(NODE, ""))
+    report(_start(plan, model, data, held_out, parameters, trained, first, nodes))
     session = Session(plan, engine, data, held_out, report, found[0] if found else None, asked)
     if first == 1:
         session.evaluate(0)
@@ -172,6 +175,7 @@ def _start(
     parameters: int,
     trained: int,
     first: int,
+    nodes: list[str],
 ) -> Event:
     config = plan.config
     values = {
@@ -179,6 +183,7 @@ def _start(
         "version": _version("trimpot"),
         "resumed_from": first - 1 if first > 1 else None,
         "world_size": plan.world_size,
+        "nodes": nodes if any(nodes) else [],
         "sequence_parallel_size": plan.sequence_parallel_size,
         "micro_batch_size": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
@@ -241,7 +246,7 @@ def run_worker(
     try:
         last = train(plan, report, asked)
     except OSError as error:
-        raise StorageError(f"{error.filename or run}: {error.strerror or error}") from error
+        raise WorkerStorageError(f"{error.filename or run}: {error.strerror or error}") from error
     finally:
         if journal:
             journal.close()

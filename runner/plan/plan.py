@@ -40,19 +40,33 @@ def make_plan(config: Config, fleet: Fleet, facts: ModelFacts, run_dir: str) -> 
     kernels = choose_kernels(config, fleet, facts)
     _check_split(config, facts, kernels)
     stage, micro = _arrange(config, fleet, facts, world, kernels)
-    memory = predict_memory(config, facts, Arrangement(world, micro, stage), kernels)
+    fewest = config.fleet.worker_range[0] if config.fleet.worker_range else world
+    memory = predict_memory(config, facts, Arrangement(fewest, micro, stage), kernels)
     return Plan(
         config=config,
         run_dir=run_dir,
         model_path=config.model.path,
         world_size=world,
         micro_batch_size=micro,
-        gradient_accumulation_steps=config.optim.batch_size // (lanes * micro),
+        gradient_accumulation_steps=-(-config.optim.batch_size // (lanes * micro)),
         total_steps=config.optim.max_steps,
         zero=zero_section(config, stage),
         kernels=kernels,
         memory=memory,
     )
+
+
+def for_workers(plan: Plan, world_size: int) -> Plan:
+    """The same run on another number of workers. Raises PlanError where they can't share it."""
+    split = plan.sequence_parallel_size
+    micros = plan.config.optim.batch_size // plan.micro_batch_size
+    if world_size % split or not 0 < world_size // split <= micros:
+        raise PlanError(
+            f"{world_size} workers can't share {micros} micro-batches in groups of {split}; "
+            f"{split} to {micros * split} can"
+        )
+    rounds = -(-micros // (world_size // split))
+    return plan.replace(world_size=world_size, gradient_accumulation_steps=rounds)
 
 
 def _check_names(config: Config, facts: ModelFacts) -> None:
@@ -89,8 +103,11 @@ def _parameter_names(facts: ModelFacts) -> list[str]:
 
 
 def _world_size(config: Config, fleet: Fleet) -> int:
-    workers, split = config.fleet.workers, config.fleet.sequence_parallel_size
-    world = max(split, fleet.nodes * fleet.gpus_per_node) if workers == "auto" else workers
+    """Workers of the first start, where they all find room."""
+    split = config.fleet.sequence_parallel_size
+    world = config.fleet.most_workers or max(split, fleet.nodes * fleet.gpus_per_node)
+    if config.fleet.worker_range:
+        return _range_top(config)
     if world % split:
         raise PlanError(
             f"{world} workers do not divide into groups of fleet.sequence_parallel_size {split}; "
@@ -112,6 +129,26 @@ def _world_size(config: Config, fleet: Fleet) -> int:
     return world
 
 
+def _range_top(config: Config) -> int:
+    """The most workers of a range that have something to do. Raises PlanError."""
+    assert config.fleet.worker_range is not None
+    (least, most), split = config.fleet.worker_range, config.fleet.sequence_parallel_size
+    given, batch = config.optim.micro_batch_size, config.optim.batch_size
+    micros = batch if given == "auto" else batch // given
+    top = min(most // split, micros) * split
+    if top < least:
+        why = (
+            f"{micros} micro-batches a step keep {top} busy"
+            if most // split > micros
+            else f"groups of fleet.sequence_parallel_size {split} make {top} of them"
+        )
+        raise PlanError(
+            f"fleet.workers is {least} to {most}, and {why}; set fleet.workers.min={top or split} "
+            "or less, or a larger optim.batch_size"
+        )
+    return top
+
+
 def _check_split(config: Config, facts: ModelFacts, kernels: dict[str, dict[str, str]]) -> None:
     """Whether attention can be split over the workers that share a row. Raises PlanError."""
     split = config.fleet.sequence_parallel_size
@@ -131,7 +168,14 @@ def _check_split(config: Config, facts: ModelFacts, kernels: dict[str, dict[str,
 def _arrange(
     config: Config, fleet: Fleet, facts: ModelFacts, world: int, kernels: Kernels
 ) -> tuple[int, int]:
-    """(zero_stage, micro_batch_size)."""
+    """(zero_stage, micro_batch_size), that fit however many of its workers a run has."""
+    split = config.fleet.sequence_parallel_size
+    lanes, batch = world // split, config.optim.batch_size
+    if config.fleet.worker_range:  # the fewer they are, the more each holds
+        world = max(config.fleet.worker_range[0], split)
+        divisors = [m for m in range(batch // lanes, 0, -1) if batch % m == 0]
+    else:
+        divisors = [m for m in range(batch // lanes, 0, -1) if batch // lanes % m == 0]
     wanted = config.fleet.zero_stage
     if wanted == "auto":
         lowest = 1 if config.fleet.offload_optimizer else 0
@@ -139,9 +183,7 @@ def _arrange(
         stages = [lowest] if world == 1 else list(range(lowest, highest + 1))
     else:
         stages = [wanted]
-    share = config.optim.batch_size // (world // config.fleet.sequence_parallel_size)
     given = config.optim.micro_batch_size
-    divisors = [m for m in range(share, 0, -1) if share % m == 0]
     micros = divisors if given == "auto" else [given]
     if not fleet.memory_bytes:  # unknown memory: nothing to fit into
         return stages[-1] if world > 1 and wanted == "auto" else stages[0], micros[-1]
