@@ -87,6 +87,8 @@ class Display:
             self._run.add(event, self.clock())
         if event["kind"] == "warning":
             self._print(Text(f"warning: {clean(event['text'])}", style="yellow"))
+        elif event["kind"] in ("failure", "leave"):
+            self._print(Text(clean(_parting(event)), style="yellow"))
         elif self._live is None and (line := self._plain(event)):
             self._print(Text(line))
 
@@ -306,6 +308,14 @@ class Trend:
         low, high = min(values), max(values)
         spread = (high - low) or 1.0
         return "".join(_BARS[round(7 * (value - low) / spread)] for value in values)
+
+
+def _parting(event: Event) -> str:
+    """Why a start of the run ended, and what follows."""
+    if event["kind"] == "leave":
+        return f"{event['text']}: saving after this step, then starting again"
+    text = f"{event['verdict']} after step {event['step']}: {event['text']}; {event['why']}"
+    return text if event["restart"] else f"{text}; {event['advice']}"
 
 
 def _panel(run: _Progress, now: float, width: int) -> RenderableType:

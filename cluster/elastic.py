@@ -133,6 +133,9 @@ class Elastic:
             self._judge(error, overseer)
             return None
         self.course.step = max(self.course.step, outcome.step)
+        if not (outcome.complete or self._told_to_stop() or overseer.asked):
+            text = "a worker was sent SIGTERM: its node will go"
+            self.tell(Event("leave", {"reason": "preempted", "text": text, "step": outcome.step}))
         return outcome
 
     def _plan_for(self, workers: int) -> Plan:
@@ -240,6 +243,7 @@ class Overseer(threading.Thread):
         self.workers, self.flag, self.tell = workers, run_dir / "leave", tell
         self.leaving: frozenset[str] = frozenset()
         """Nodes with workers of ours that said that they would go."""
+        self.asked = False
         self._over = threading.Event()
         self._better_since: float | None = None
 
@@ -286,5 +290,6 @@ class Overseer(threading.Thread):
         return True
 
     def _ask(self, reason: str, text: str) -> None:
+        self.asked = True
         self.flag.write_text(reason, encoding="utf-8")
         self.tell(Event("leave", {"reason": reason, "text": text, "step": self.course.step}))

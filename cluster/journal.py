@@ -35,6 +35,8 @@ class Session:
     """Wall time: the end's own figure, or first to last line of a session that was killed."""
     steps_redone: int
     """Steps that the session before had done and this one did again."""
+    parting: Event | None = None
+    """The `failure` that ended it, or the `leave` that its workers were asked to take."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Run:
     end: Event | None
     """None while the last session runs, or when it was killed."""
     sessions: tuple[Session, ...]
+    failures: tuple[Event, ...] = ()
+    """What ended starts of the run, those that came to no step included."""
 
     @property
     def seconds(self) -> float:
@@ -177,6 +181,7 @@ class _Fold:
         self.samples: dict[tuple[str, str], tuple[int, Event]] = {}  # with the step they are of
         self.phases: dict[str, Event] = {}
         self.warnings: list[Event] = []
+        self.failures: list[Event] = []
         self.sessions: list[Session] = []
         self.session: list[Event] = []
         self.steps_redone = 0
@@ -197,6 +202,8 @@ class _Fold:
                 self.phases[event["name"]] = event
             case "warning":
                 self.warnings.append(event)
+            case "failure":
+                self.failures.append(event)
             case _:  # "end" is found in its session; a newer version's kinds are none of ours
                 pass
         self.session.append(event)
@@ -225,7 +232,9 @@ class _Fold:
         times = [e["time"] for e in self.session if "time" in e]
         span = times[-1] - times[0] if times else 0.0
         seconds = end["seconds"] if end and end.get("seconds") is not None else span
-        self.sessions.append(Session(start, end, max(0.0, seconds), self.steps_redone))
+        told = (e for e in reversed(self.session) if e["kind"] in ("failure", "leave"))
+        parting = next(told, None)
+        self.sessions.append(Session(start, end, max(0.0, seconds), self.steps_redone, parting))
 
     def run(self) -> Run:
         self._close_session()
@@ -240,6 +249,7 @@ class _Fold:
             phases=tuple(self.phases.values()),
             end=last.end if last else None,
             sessions=tuple(self.sessions),
+            failures=tuple(self.failures),
         )
 
 

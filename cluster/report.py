@@ -110,6 +110,8 @@ def _content(run: Run) -> dict[str, Any]:
         "checkpoints_left_out": len(checkpoints[:-MAX_ROWS]),
         "sessions": _sessions(run)[-MAX_ROWS:],
         "sessions_left_out": len(run.sessions[:-MAX_ROWS]),
+        "failures": _failures(run)[-MAX_ROWS:],
+        "failures_left_out": len(run.failures[:-MAX_ROWS]),
         "warnings": _warnings(run),
         "config": _yaml(start.get("config") or {}),
         "versions": sorted((start.get("versions") or {}).items()),
@@ -262,7 +264,13 @@ def _sessions(run: Run) -> list[dict[str, str]]:
         began = "from the beginning" if resumed is None else f"from step {resumed:,}"
         if session.steps_redone:
             began += f", {session.steps_redone:,} steps done again"
-        ended = f"{end['status']} after step {end['step']:,}" if end else "no end recorded"
+        if end:
+            ended = f"{end['status']} after step {end['step']:,}"
+        elif parting := session.parting:
+            why = parting.get("verdict") or parting["reason"]
+            ended = f"{why} after step {parting['step']:,}"
+        else:
+            ended = "no end recorded"
         rows.append(
             {
                 "time": moment(start.get("time")),
@@ -273,6 +281,19 @@ def _sessions(run: Run) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _failures(run: Run) -> list[dict[str, str]]:
+    return [
+        {
+            "time": moment(event.get("time")),
+            "step": f"{event['step']:,}",
+            "verdict": event["verdict"],
+            "text": event["text"],
+            "then": event["why"] if event["restart"] else f"{event['why']}; {event['advice']}",
+        }
+        for event in run.failures
+    ]
 
 
 def _warnings(run: Run) -> list[str]:
