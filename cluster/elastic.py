@@ -20,7 +20,6 @@ from typing import Any
 from trimpot.cluster.launch import Outcome, run_plan
 from trimpot.cluster.policy import (
     ADVICE,
-    SETTLE_S,
     Decision,
     Failure,
     Limits,
@@ -125,7 +124,7 @@ class Elastic:
         """One start of the workers; None where it failed and another is due."""
         plan = self._plan_for(workers)
         self.course.begin()
-        overseer = Overseer(self.rooms, self.course, self.limits, workers, self.run_dir, self.tell)
+        overseer = Overseer(self.rooms, self.course, self.limits, workers, self.plan, self.tell)
         try:
             with overseer:
                 outcome = run_plan(plan, self.watch, self.local)
@@ -235,12 +234,13 @@ class Overseer(threading.Thread):
         course: Course,
         limits: Limits,
         workers: int,
-        run_dir: Path,
+        plan: Plan,
         tell: Callable[[Event], None],
     ):
         super().__init__(name="overseer", daemon=True)
         self.rooms, self.course, self.limits = rooms, course, limits
-        self.workers, self.flag, self.tell = workers, run_dir / "leave", tell
+        self.workers, self.flag, self.tell = workers, Path(plan.run_dir, "leave"), tell
+        self.settle_s = plan.config.fleet.grow_after_s
         self.leaving: frozenset[str] = frozenset()
         """Nodes with workers of ours that said that they would go."""
         self.asked = False
@@ -284,7 +284,7 @@ class Overseer(threading.Thread):
             return False
         now = time.monotonic()
         self._better_since = self._better_since or now
-        if now - self._better_since < SETTLE_S:
+        if now - self._better_since < self.settle_s:
             return False
         self._ask("grow", f"there is room for {better} workers, {self.workers} run")
         return True

@@ -40,7 +40,8 @@ REPRODUCIBLE: frozenset[Kind] = frozenset({"exception", "out of memory"})
 """The same at the same step is no accident: sample k is the same on every start."""
 LONGEST_WAIT_S = 60.0
 SETTLE_S = 30.0
-"""New room must have stood this long before a run grows into it: nodes come in groups."""
+"""New room must have stood this long before a run grows into it: nodes come in groups. The
+default of fleet.grow_after_s."""
 GROWTH_PAYS = 2.0
 """A restart must win back this many times what it costs."""
 

@@ -221,6 +221,9 @@ class FleetSection(Section):
     sequence_parallel_size: Positive = 1
     """Workers that share each row of tokens, for rows too long for one (Jacobs et al. 2023,
     "DeepSpeed Ulysses"). Divides workers and the model's attention heads."""
+    grow_after_s: Annotated[float, Field(ge=0)] = 30
+    """How long new room must have stood before a run of {min, max} workers grows into it, where
+    that saves more time than a restart costs."""
     start_timeout_s: Annotated[float, Field(ge=0)] = 120
     """How long a cluster may take to have room for the workers: nodes join, or are started."""
     network_interface: Name | None = None
