@@ -243,9 +243,11 @@ class _Progress:
         who = f"{workers} worker{'s' * (workers != 1)}"
         if split > 1:
             who += f", {split} to a row: {workers // split}"
+        full = workers // split * micro * accumulated
+        batch = s.get("batch_size", full)
+        rounds = accumulated if batch == full else f"up to {accumulated}"  # some idle in the last
         how = [
-            f"{who} × {micro} × {accumulated}"
-            f" = {s.get('batch_size', workers * micro * accumulated)} samples a step",
+            f"{who} × {micro} × {rounds} = {batch} samples a step",
             f"ZeRO {s.get('zero_stage', 0)}",
             str(s.get("precision", "")),
         ]

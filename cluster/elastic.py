@@ -50,7 +50,7 @@ def limits_of(plan: Plan) -> Limits:
     return Limits(
         min_workers=least,
         max_workers=most,
-        micro_batches=plan.config.optim.batch_size // plan.micro_batch_size,
+        micro_batches=plan.micro_batches,
         sequence_parallel_size=plan.sequence_parallel_size,
         max_failures=fleet.max_failures,
         preemptible=fleet.preemptible,
@@ -151,12 +151,14 @@ class Elastic:
     def _judge(self, error: TrimpotError, overseer: Overseer) -> None:
         """Raises `error` unless the run is to go on."""
         course = self.course
+        lost = frozenset() if self.local else self.rooms.settle(course.nodes)
         failure = verdict(
             error,
             step=course.step,
             saved=course.saved,
             nodes=course.nodes,
             leaving=self.rooms.leaving() | overseer.leaving,
+            lost=lost,
         )
         decision = decide(failure, self.failures, self.limits)
         self.failures.append(failure)
@@ -169,8 +171,6 @@ class Elastic:
         until = time.monotonic() + decision.wait_s
         while time.monotonic() < until and not self._told_to_stop():
             time.sleep(0.2)
-        if not self.local:
-            self.rooms.settle(course.nodes)
 
     def _tell_failure(self, failure: Failure, decision: Decision) -> None:
         values = {

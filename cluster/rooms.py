@@ -66,14 +66,17 @@ class Rooms:
             "set fleet.workers lower, or add nodes"
         )
 
-    def settle(self, nodes: list[str]) -> None:
-        """Wait until each of these nodes answers or is known to be lost: workers must not be
-        placed on one that nobody knows yet to be gone."""
+    def settle(self, nodes: list[str]) -> frozenset[str]:
+        """Wait until each of these nodes answers or is known to be lost → the lost ones. Workers
+        must not be placed on one that nobody knows yet to be gone."""
         deadline = time.monotonic() + DEAD_S
         waiting = {*nodes}
         while waiting and time.monotonic() < deadline:
-            alive = {node["NodeID"] for node in self.ray.nodes() if node["Alive"]}
-            waiting = {node for node in waiting & alive if not self._answers(node)}
+            waiting = {n for n in waiting & self._alive() if not self._answers(n)}
+        return frozenset({*nodes} - self._alive())
+
+    def _alive(self) -> set[str]:
+        return {node["NodeID"] for node in self.ray.nodes() if node["Alive"]}
 
     def _answers(self, node: str) -> bool:
         from ray.exceptions import RayError

@@ -47,12 +47,19 @@ def explain(error: BaseException) -> TrimpotError:
 
 
 def verdict(
-    error: BaseException, *, step: int, saved: int, nodes: list[str], leaving: frozenset[str]
+    error: BaseException,
+    *,
+    step: int,
+    saved: int,
+    nodes: list[str],
+    leaving: frozenset[str],
+    lost: frozenset[str],
 ) -> Failure:
     """Judge an error that `explain` made of Ray's, which is its cause.
 
     `step`, `saved`: the newest step done, and that a durable checkpoint holds. `nodes`: of each
-    rank, as far as known. `leaving`: nodes that had said that they would go.
+    rank, as far as known. `leaving`: nodes that had said that they would go; `lost`: that are
+    gone.
     """
     if not isinstance(error, WorkerError):
         kind, rank = KINDS.get(type(error).__name__, "mistake"), None
@@ -60,6 +67,10 @@ def verdict(
         assert error.__cause__ is not None
         rank, cause = _culprit(error.__cause__)
         kind = _kind(error.__cause__, cause)
+        gone = next((r for r, node in enumerate(nodes) if node in lost), None)
+        if kind in ("crash", "exception") and gone is not None:
+            kind, rank = "node lost", gone
+            error = WorkerError(f"worker {rank} died with its node")
         if kind in ("crash", "node lost", "exception", "no room") and leaving & {*nodes}:
             kind = "preempted"
     node = nodes[rank] if rank is not None and rank < len(nodes) else None

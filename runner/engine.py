@@ -42,8 +42,11 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-        # DeepSpeed knows of no workers that share a row: it counts each one's share as whole.
-        "train_batch_size": optim.batch_size * plan.sequence_parallel_size,
+        # DeepSpeed wants this product. It knows of no workers that share a row, and none that
+        # repeat a micro-batch at weight 0.
+        "train_batch_size": plan.micro_batch_size
+        * plan.gradient_accumulation_steps
+        * plan.world_size,
         "gradient_clipping": optim.max_grad_norm or 0.0,
         "zero_optimization": plan.zero,
         "bf16": {"enabled": plan.config.precision == "bf16"},

@@ -81,18 +81,22 @@ def _train_step(
     Every worker knows the whole step's samples, hence its trained tokens, without asking anyone.
     DeepSpeed averages gradients over workers; × world_size makes a sum of that, also where a
     micro-batch is split over several: each has the gradient of its own tokens.
+    Where the micro-batches do not divide over the lanes, those without one in the last round
+    repeat one at weight 0: under ZeRO a forward and a backward are collectives.
     """
     _, world = ranks()
     lane, own = divmod(ranks()[0], plan.sequence_parallel_size)
     engine.inner.train()
     total = 0.0
-    for number in range(lane, len(micros), plan.lanes):
+    for start in range(0, len(micros), plan.lanes):
+        number = min(start + lane, len(micros) - 1)  # the last one is the shortest
+        weight = 1.0 if start + lane < len(micros) else 0.0
         # Dropout depends on which slice of which micro-batch this is, never on who computes it.
         torch.manual_seed(_mix(plan.config.seed, step, number, own))
         batch = _tensors(plan, engine, data, micros[number])
         loss = token_loss_sum(engine.inner, batch)
-        engine.backward(loss * (world / tokens))
-        total += loss.item()
+        engine.backward(loss * (weight * world / tokens))
+        total += weight * loss.item()
     return total
 
 

@@ -61,6 +61,7 @@ class Plan:
     world_size: int
     micro_batch_size: int
     gradient_accumulation_steps: int
+    """Rounds of a step: in the last one some lanes may have no micro-batch left."""
     total_steps: int | None
     """None until the data is compiled: an epoch's length is not known before."""
     zero: dict[str, Any]
@@ -82,6 +83,11 @@ class Plan:
     def lanes(self) -> int:
         """How many micro-batches are computed at a time: data-parallel size."""
         return self.world_size // self.sequence_parallel_size
+
+    @property
+    def micro_batches(self) -> int:
+        """How many micro-batches a step has, over all workers."""
+        return self.config.optim.batch_size // self.micro_batch_size
 
     @property
     def digest(self) -> str:

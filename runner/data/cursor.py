@@ -43,7 +43,7 @@ def deal(
     Sorted by length, ties by place in the run: a micro-batch is padded to its longest sample, and
     at the same accumulation step all workers have about as much to do. Micro-batch j goes to
     worker j mod world_size, or to that group of workers that share rows, so the same micro-batches
-    exist at every world size.
+    exist at every world size, whether or not they divide by it.
     """
     order = np.lexsort((np.arange(len(indices)), -lengths[indices]))
     return indices[order].reshape(-1, micro_batch_size)

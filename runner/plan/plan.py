@@ -56,17 +56,32 @@ def make_plan(config: Config, fleet: Fleet, facts: ModelFacts, run_dir: str) -> 
     )
 
 
-def for_workers(plan: Plan, world_size: int) -> Plan:
-    """The same run on another number of workers. Raises PlanError where they can't share it."""
-    split = plan.sequence_parallel_size
-    micros = plan.config.optim.batch_size // plan.micro_batch_size
-    if world_size % split or not 0 < world_size // split <= micros:
+def for_workers(plan: Plan, world_size: int, facts: ModelFacts | None = None) -> Plan:
+    """The same run on another number of workers: same micro-batches, ZeRO stage and kernels.
+
+    Any number up to one worker (or group that shares rows) per micro-batch will do; where the
+    micro-batches do not divide, some workers idle in each step's last round. `facts`: to predict
+    memory anew; without them the prediction stays that of `plan`. Raises PlanError.
+    """
+    split, micros = plan.sequence_parallel_size, plan.micro_batches
+    if world_size < 1 or world_size % split:
         raise PlanError(
-            f"{world_size} workers can't share {micros} micro-batches in groups of {split}; "
-            f"{split} to {micros * split} can"
+            f"{world_size} workers do not divide into groups of fleet.sequence_parallel_size "
+            f"{split}; take {max(1, round(world_size / split)) * split}"
         )
-    rounds = -(-micros // (world_size // split))
-    return plan.replace(world_size=world_size, gradient_accumulation_steps=rounds)
+    lanes = world_size // split
+    if lanes > micros:
+        raise PlanError(
+            f"{world_size} workers are more than the {micros} micro-batches of a step can occupy; "
+            f"take at most {micros * split}, or a batch_size of {lanes * plan.micro_batch_size}"
+        )
+    memory = plan.memory
+    if facts is not None:
+        at = Arrangement(world_size, plan.micro_batch_size, plan.zero_stage)
+        memory = predict_memory(plan.config, facts, at, plan.kernels)
+    return plan.replace(
+        world_size=world_size, gradient_accumulation_steps=-(-micros // lanes), memory=memory
+    )
 
 
 def _check_names(config: Config, facts: ModelFacts) -> None:

@@ -151,6 +151,11 @@ def test_log_says_how_many_workers_are_on_a_row() -> None:
     assert "4 workers, 2 to a row: 2 × 4 × 2 = 16 samples a step · ZeRO 1 · fp32" in lines
 
 
+def test_log_says_where_some_workers_idle_in_the_last_round() -> None:
+    lines = shown(run(1, world_size=3)).splitlines()
+    assert "3 workers × 4 × up to 2 = 16 samples a step · ZeRO 1 · fp32" in lines
+
+
 def test_plain_steps_are_thinned_but_nothing_else_is() -> None:
     text = shown(run(2000, seconds=0.1))  # 200 s
     steps = re.findall(r"^step (\d+)/2000", text, re.MULTILINE)

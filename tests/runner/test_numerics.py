@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from trimpot.runner.adapters.lora import add_lora
 from trimpot.runner.config import Config
+from trimpot.runner.data.batch import join
 from trimpot.runner.data.compile import load_splits
+from trimpot.runner.data.cursor import Cursor
+from trimpot.runner.model import build_model
+from trimpot.runner.plan.plan import for_workers, plan_to_json
+from trimpot.runner.tasks.causal_lm import token_loss_sum
 from trimpot.runner.types import Plan
 
 STEPS, BATCH = 20, 8
@@ -119,7 +125,7 @@ def test_every_arrangement_trains_what_plain_torch_trains(reference, tmp_path, w
         again = base.model_copy(update={"model": recomputed})
         plans.append(prepared(arranged(again, tmp_path / f"recomputed-{kind}", world, 3, 1)))
     # Nothing persists whole: tiny parameters would all be under DeepSpeed's threshold.
-    plans = [rewritten(plan) if plan.zero_stage == 3 else plan for plan in plans]
+    plans = [rewritten(plan) for plan in plans]
     for plan, found in zip(plans, run_arrangements(world, plans, tmp_path), strict=True):
         name = Path(plan.run_dir).name
         assert found == pytest.approx(losses, rel=1e-4), name
@@ -130,10 +136,53 @@ def test_every_arrangement_trains_what_plain_torch_trains(reference, tmp_path, w
             assert (saved[key] - tensor).abs().max() < 1e-4, (name, key)
 
 
-def rewritten(plan: Plan) -> Plan:
-    from trimpot.runner.plan.plan import plan_to_json
+@pytest.mark.slow
+def test_worlds_that_do_not_divide_train_the_same(reference, tmp_path):
+    """4 and 8 micro-batches a step on 3 workers, of which 2 and 1 idle in the last round."""
+    base, losses, adapter = reference
+    plans = []
+    for stage in (0, 1, 2, 3):
+        for micro in (2, 1):
+            optim = base.optim.model_copy(update={"micro_batch_size": micro})
+            fleet = base.fleet.model_copy(update={"workers": 1, "zero_stage": stage})
+            update = {"output_dir": str(tmp_path / f"z{stage}-m{micro}")}
+            plan = prepared(base.model_copy(update={**update, "optim": optim, "fleet": fleet}))
+            plans.append(rewritten(for_workers(plan, 3)))
+    for plan, found in zip(plans, run_arrangements(3, plans, tmp_path), strict=True):
+        name = Path(plan.run_dir).name
+        assert found == pytest.approx(losses, rel=1e-4), name
+        saved = adapter_of(plan)
+        for key, tensor in adapter.items():
+            assert (saved[key] - tensor).abs().max() < 1e-4, (name, key)
+        samples, _ = load_splits(Path(plan.run_dir) / "data")
+        order = Cursor(len(samples), base.seed).take(0, STEPS * BATCH)
+        taken = Path(plan.run_dir, "samples.jsonl").read_text().splitlines()
+        assert [i for line in taken for i in json.loads(line)] == order.tolist(), name
 
-    plan = plan.replace(zero={**plan.zero, "stage3_param_persistence_threshold": 0})
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_micro_batch_of_weight_0_contributes_exactly_nothing(reference, tmp_path, precision):
+    base, _, _ = reference
+    update = {"precision": precision, "output_dir": str(tmp_path / "run")}
+    plan = prepared(base.model_copy(update=update))
+    module = build_model(plan, {}).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    train, _ = load_splits(Path(plan.run_dir) / "data")
+    batch = join(train, [0, 1])
+    for weight in (1.0, 0.0):
+        module.zero_grad()
+        (token_loss_sum(module, batch) * weight).backward()
+        sums = [float(p.grad.abs().sum()) for p in module.parameters() if p.grad is not None]
+        assert any(sums) == bool(weight)
+        assert len(sums) == len(adapter_names(module))
+
+
+def adapter_names(module: torch.nn.Module) -> list[str]:
+    return [name for name, p in module.named_parameters() if p.requires_grad]
+
+
+def rewritten(plan: Plan) -> Plan:
+    if plan.zero_stage == 3:
+        plan = plan.replace(zero={**plan.zero, "stage3_param_persistence_threshold": 0})
     Path(plan.run_dir, "plan.json").write_text(plan_to_json(plan))
     return plan
 

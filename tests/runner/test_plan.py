@@ -23,12 +23,19 @@ from trimpot.kernels import native
 from trimpot.kernels.errors import BackendError
 from trimpot.runner.adapters.lora import add_lora
 from trimpot.runner.config import Config, all_keys, check_config
+from trimpot.runner.engine import deepspeed_config
 from trimpot.runner.errors import ModelError, PlanError
 from trimpot.runner.model import _freeze_but
 from trimpot.runner.plan.facts import ModelFacts, facts_from, read_facts, read_shapes
 from trimpot.runner.plan.kernels import choose_kernels
 from trimpot.runner.plan.memory import Arrangement, predict_memory, trained_parameters
-from trimpot.runner.plan.plan import FITS, make_plan, plan_from_json, plan_to_json
+from trimpot.runner.plan.plan import (
+    FITS,
+    for_workers,
+    make_plan,
+    plan_from_json,
+    plan_to_json,
+)
 from trimpot.runner.tasks.causal_lm import token_loss_sum
 from trimpot.runner.types import Fleet
 
@@ -304,6 +311,42 @@ def test_workers_that_share_rows(facts: ModelFacts) -> None:
     assert make_plan(auto, Fleet(nodes=2, gpus_per_node=4), facts, "/r").world_size == 8
     with pytest.raises(PlanError, match=r"3 workers do not divide .* set fleet\.workers=4"):
         make_plan(auto, Fleet(gpus_per_node=3), facts, "/r")
+
+
+def test_a_plan_for_another_number_of_workers(facts: ModelFacts) -> None:
+    """Any up to one per micro-batch, whether or not it divides; only what depends on it changes."""
+    data = {"train": "t", "max_length": 32}
+    optim = {"batch_size": 24, "micro_batch_size": 3}
+    config = run(data=data, optim=optim, fleet={"workers": 4, "zero_stage": 2})
+    plan = make_plan(config, Fleet(), facts, "/r")
+    rounds = {1: 8, 2: 4, 3: 3, 4: 2, 5: 2, 6: 2, 7: 2, 8: 1}
+    for world, accumulation in rounds.items():
+        other = for_workers(plan, world, facts)
+        at = Arrangement(world, 3, 2)
+        assert other == plan.replace(
+            world_size=world,
+            gradient_accumulation_steps=accumulation,
+            memory=predict_memory(config, facts, at, plan.kernels),
+        )
+        assert other.digest == plan.digest
+        assert for_workers(other, 4, facts) == plan
+        assert for_workers(plan, world).memory == plan.memory
+        asked = deepspeed_config(other)
+        assert asked["train_batch_size"] == 3 * accumulation * world
+    with pytest.raises(PlanError, match=r"9 workers are more than the 8 micro-.* at most 8, or"):
+        for_workers(plan, 9)
+    with pytest.raises(PlanError, match=r"0 workers do not divide"):
+        for_workers(plan, 0)
+    shared = run(data=data, optim=optim, fleet={"workers": 4, "sequence_parallel_size": 2})
+    plan = make_plan(shared, Fleet(), facts, "/r")
+    assert for_workers(plan, 6).gradient_accumulation_steps == 3
+    with pytest.raises(PlanError, match=r"3 workers do not divide into groups .* 2; take 4"):
+        for_workers(plan, 3)
+    with pytest.raises(PlanError, match=r"18 workers are more than the 8 .* take at most 16"):
+        for_workers(plan, 18)
+    # What the user wrote and can change is still refused.
+    with pytest.raises(PlanError, match=r"batch_size 24 does not divide over 5 workers"):
+        make_plan(run(data=data, optim=optim, fleet={"workers": 5}), Fleet(), facts, "/r")
 
 
 def test_rows_are_split_over_workers_without_a_fused_kernel_too(
