@@ -24,7 +24,7 @@ import toy
 import yaml
 from rich.console import Console
 
-from trimpot.cluster import cli, prepare, train
+from trimpot.cluster import cli, elastic, prepare, train
 from trimpot.cluster.display import Display
 from trimpot.cluster.prepare import prepare_run, run_lock
 from trimpot.runner.errors import SaveError
@@ -500,6 +500,16 @@ PLAN = [
         "freeze.trainable 'modle.*'",
         "model.",
     ),
+    key("fewest over most workers", {"fleet": {"workers": {"min": 3, "max": 2}}}, "min 3", "max 2"),
+    key("a range without its top", {"fleet": {"workers": {"min": 3}}}, "fleet.workers.max", "must"),
+    key("no workers", {"fleet": {"workers": 0}}, "fleet.workers is 0", "greater than 0"),
+    key(
+        "more workers than work",
+        {"fleet": {"workers": {"min": 9, "max": 20}}},
+        "9 to 20",
+        "4 micro-batches a step keep 4 busy",
+        "fleet.workers.min=4",
+    ),
     key("batch over workers", {"fleet": {"workers": 3}}, "batch_size 4", "3 workers", "is 6"),
     key(
         "micro-batch over workers",
@@ -742,7 +752,7 @@ def test_one_line(
     def no_cluster(*_: Any) -> None:
         pytest.fail("the mistake got as far as the workers")
 
-    monkeypatch.setattr(train, "run_plan", no_cluster)
+    monkeypatch.setattr(elastic, "run_plan", no_cluster)
     started = train.ray_cluster
     monkeypatch.setattr(
         train, "ray_cluster", lambda at, cpus: started(at, cpus) if at is not None else no_cluster()

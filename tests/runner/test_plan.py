@@ -349,6 +349,36 @@ def test_a_plan_for_another_number_of_workers(facts: ModelFacts) -> None:
         make_plan(run(data=data, optim=optim, fleet={"workers": 5}), Fleet(), facts, "/r")
 
 
+def test_a_range_of_workers_is_planned_for_its_top_and_fits_at_its_bottom(
+    facts: ModelFacts,
+) -> None:
+    data = {"train": "t", "max_length": 32}
+    optim = {"batch_size": 12, "micro_batch_size": 1}
+
+    def plan_of(least: int, most: int, micro: int | str = 1, **fleet: Any):
+        config = run(
+            data=data,
+            optim=optim | {"micro_batch_size": micro},
+            fleet={"workers": {"min": least, "max": most}, **fleet},
+        )
+        return make_plan(config, Fleet(memory_bytes=2**30), facts, "/r")
+
+    plan = plan_of(1, 8)
+    assert (plan.world_size, plan.gradient_accumulation_steps) == (8, 2)
+    assert plan_of(1, 99).world_size == 12
+    assert plan_of(2, 8, sequence_parallel_size=2).world_size == 8
+    # With 5 of its 12 samples to each of 2 workers, or any micro-batch that divides 12.
+    assert plan_of(1, 2, "auto").micro_batch_size == 6
+    assert plan_of(1, 5, "auto").micro_batch_size == 2
+    # One worker holds all of the optimizer, whatever the stage.
+    assert plan_of(1, 8).memory.optimizer == plan_of(1, 1).memory.optimizer
+    assert plan_of(1, 8).zero_stage == 0
+    with pytest.raises(PlanError, match=r"workers is 7 to 9, and 6 micro-batches .* 6 busy"):
+        plan_of(7, 9, 2)
+    with pytest.raises(PlanError, match=r"groups of fleet.sequence_parallel_size 4 make 4 of them"):
+        plan_of(5, 7, sequence_parallel_size=4)
+
+
 def test_rows_are_split_over_workers_without_a_fused_kernel_too(
     facts: ModelFacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -406,7 +436,7 @@ OTHER: dict[str, Any] = {
     "optim.weight_decay": 0.5, "optim.eps": 0.5, "optim.max_grad_norm": 0.5,
     "optim.learning_rate": 0.5, "optim.warmup_steps": 5, "fleet.zero_stage": 2,
     "fleet.gpus_per_worker": 0, "fleet.price_per_hour": 3.5, "fleet.offload_optimizer": True,
-    "fleet.preemptible": True, "tracking.sinks": ["wandb"],
+    "fleet.preemptible": True, "fleet.max_failures": 9, "tracking.sinks": ["wandb"],
     "kernels.cpu_gemm": "int16",
     **dict.fromkeys(KERNELS, "torch"),
 }  # fmt: skip
