@@ -43,7 +43,7 @@ def explain(error: BaseException) -> TrimpotError:
         case "out of memory":
             return WorkerError(f"{who} ran out of memory: {_why(cause)}")
         case _:
-            return WorkerError(f"{who} failed: {type(_innermost(cause)).__name__}: {_why(cause)}")
+            return WorkerError(f"{who} failed: {_why(cause)}")
 
 
 def verdict(
@@ -132,10 +132,6 @@ def _own(error: BaseException) -> TrimpotError | None:
     return next((e for e in _chain(error) if isinstance(e, errors.TrimpotError)), None)
 
 
-def _innermost(error: BaseException) -> BaseException:
-    return list(_chain(error))[-1]
-
-
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """An exception and those it wraps, each layer of Ray's under a name of its own."""
     seen: set[int] = set()
@@ -147,6 +143,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _why(error: BaseException) -> str:
-    """The last line that says something: Ray's errors carry a remote traceback before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """Class and last line of the innermost exception: outer ones carry remote tracebacks."""
+    inner = list(_chain(error))[-1]
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    return f"{type(inner).__name__}: {lines[-1]}" if lines else type(inner).__name__
