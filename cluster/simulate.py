@@ -42,9 +42,9 @@ from trimpot.runner.pace import Pace, interval_s
 Cause = Literal["training", "saving", "restarting", "detecting", "redone", "waiting"]
 CAUSES: dict[Cause, str] = {
     "training": "steps that were kept",
-    "saving": "standing still for checkpoints",
-    "restarting": "starting workers, the first time too",
-    "detecting": "until a lost node was missed",
+    "saving": "stopped for checkpoints",
+    "restarting": "workers that start",
+    "detecting": "a lost node not missed yet",
     "redone": "steps that were lost",
     "waiting": "for room",
 }

@@ -56,7 +56,7 @@ class Trace:
     source: str = "trace"
 
 
-# Reading and writing
+# Files
 
 
 def read_trace(path: Path, nodes: int = 0) -> Trace:
@@ -196,8 +196,8 @@ class _Reader:
         )
 
 
-def write_trace(trace: Trace) -> str:
-    """CSV that `parse_trace` reads back. Seconds to the millisecond."""
+def to_csv(trace: Trace) -> str:
+    """What `parse_trace` reads back. Seconds to the millisecond."""
     lines = [f"{h.seconds:.3f},{trace.nodes[h.node]},{h.kind}," for h in trace.happenings]
     return "\n".join([HEADER, *lines]) + "\n"
 
