@@ -372,6 +372,7 @@ class _Run:
             if not self._spend(self.costs.stall_s, "saving"):
                 return self._lost()
             pace.begun()
+            self._consider_growing()
             self._skip(pace, step_s)
 
     def _until_look(self, pace: Pace, step_s: float) -> int:
@@ -396,12 +397,14 @@ class _Run:
         try:
             while (when := self._next()) < begin + steps * step_s:
                 self._to(when, "training")
-                if self._change():
-                    self.done += math.floor((self.now - begin) / step_s)
+                lost = self._change()
+                made = math.floor((self.now - begin) / step_s)
+                if lost:
+                    self.done += made
                     return False
-                self._consider_growing()
+                self._consider_growing(made)
                 if self.leave:  # the running step is finished
-                    steps = max(1, math.ceil((self.now - begin) / step_s))
+                    steps = made + 1
             self._to(begin + steps * step_s, "training")
         except _TimeIsUp:
             self.done += math.floor((self.now - begin) / step_s)
@@ -409,13 +412,14 @@ class _Run:
         self.done += steps
         return True
 
-    def _consider_growing(self) -> None:
+    def _consider_growing(self, made: int = 0) -> None:
+        """`made`: steps that are not in `done` yet."""
         limits, step_s = self.job.limits, self._step_s()
         if self.leave or self.workers >= limits.max_workers:
             return
         left_s = self.end - self.now
         if self.job.total_steps is not None:
-            left_s = min(left_s, (self.job.total_steps - self.done) * step_s)
+            left_s = min(left_s, (self.job.total_steps - self.done - made) * step_s)
         restart_s = self.costs.save_s + self.costs.restart_s
         if policy.worth_growing(self.workers, self._room(True), limits, left_s, restart_s):
             self.leave = "growing"
@@ -447,15 +451,18 @@ class _Run:
         A day with a save every two minutes is 720 of them, and every one is like the other. What
         is left are the last two before something happens.
         """
-        if self.job.every_steps != "auto" or self.save is None:
+        if self.job.every_steps != "auto" or self.save is None or self.leave:
             return
         if pace.every_s != interval_s(_Took(self.costs.save_s, self.costs.stall_s), pace.failure_s):
             return  # not measured yet
         steps = max(1, math.ceil(pace.every_s / step_s))
         whole_s = steps * step_s + self.costs.stall_s
-        rounds = math.floor((min(self._next(), self.end) - self.now) / whole_s) - 2
+        rounds = FOREVER
+        if (quiet_till := min(self._next(), self.end)) < FOREVER:
+            rounds = (quiet_till - self.now) // whole_s - 2
         if self.job.total_steps is not None:
             rounds = min(rounds, (self.job.total_steps - self.done) // steps - 2)
+        rounds = int(rounds)
         if rounds < 1 or self._under_way() > steps * step_s:
             return
         self._to(self.now + rounds * steps * step_s, "training")

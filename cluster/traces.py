@@ -38,7 +38,7 @@ POOL = 4096
 FOREVER = math.inf
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Happening:
     seconds: float
     node: int
@@ -276,7 +276,8 @@ def draw_trace(spot: Spot, hours: float, seed: int) -> Trace:
             if away_till[node] <= at:  # it is there
                 take(node, at, noticed)
     names = tuple(f"node-{n}" for n in range(spot.nodes))
-    return Trace(names, (True,) * spot.nodes, tuple(sorted(found)), f"drawn, seed {seed}")
+    found.sort(key=lambda happening: happening.seconds)  # stable: gone before back in one instant
+    return Trace(names, (True,) * spot.nodes, tuple(found), f"drawn, seed {seed}")
 
 
 def _zone_times(
