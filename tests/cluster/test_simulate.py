@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from statistics import mean, median
 
 import numpy as np
 import pytest
