@@ -180,17 +180,6 @@ def expected_hours_between_failures(prior_hours: float, hours: float, failures: 
     return (prior_hours + hours) / (1 + failures)
 
 
-def hours_between_losses(prior_hours: float, hours: float, history: Sequence[Failure]) -> float:
-    """Mean time between failures that lost work, for the pace of checkpoints, as a run of so many
-    `hours` has met them.
-
-    What saved itself in time, as after a notice, is none: no checkpoint before it could have been
-    of use, however many were made.
-    """
-    lost = sum(failure.saved < failure.step for failure in history)
-    return expected_hours_between_failures(prior_hours, hours, lost)
-
-
 def prior_hours(said: float | None, preemptible: bool) -> float:
     """Mean time between failures to expect of a run that has met none. `said`: by its config."""
     if said is not None:

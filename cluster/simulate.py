@@ -12,8 +12,9 @@ says when a checkpoint is due. Only what takes time is made up, of the costs giv
   that comes while workers start is heeded after their first step.
 - A node that goes while its workers still run: found out `detect_s` later; all since the newest
   durable checkpoint is lost. A save that was under way is lost with it.
-- Room that came and stood for `policy.SETTLE_S` is grown into as after a notice, if that pays.
-- Less room than the fewest workers: the run holds nothing, and waits.
+- Room that would pay all through `grow_after_s`, and after the first step of a start, is grown into
+  as after a notice.
+- Less room than the fewest workers: the run holds nothing, and waits, `start_timeout_s` at most.
 
 Goodput is the share of the time of the workers that were held that went into steps that were kept:
 "Runtime Goodput" of Google's ML Productivity Goodput (2024), and the effective training time ratio
@@ -28,7 +29,6 @@ Evaluations are no part of this.
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -55,11 +55,11 @@ Status = Literal["done", "time is up", "no room", "given up"]
 class Costs:
     """Seconds of what is no training. A run's own are in its journal (`costs.py`).
 
-    The defaults are of LoRA on a few nodes. Restarts: this project's took 12 to 29 s from the loss
-    of a node to the next step with 2 workers; the literature has 20 s at 1,024 GPUs with standby
-    machines (TrainMover, 2026) and 150 s at 4,800 (FlashRecovery, 2025). Stalls: 6.3 s for all of a
-    model of 7 billion parameters (PyTorch's asynchronous checkpoints), for adapters 100 times less;
-    CheckFreq (Mohan et al. 2021) keeps them under 3.5 % of the time.
+    The defaults are of LoRA on a few nodes. Restarts: two workers of this project took 19 s on two
+    busy cores; the literature has 20 s at 1,024 GPUs with standby machines (TrainMover, 2026) and
+    150 s at 4,800 (FlashRecovery, 2025). Stalls: 6.3 s for all of a model of 7 billion parameters
+    (PyTorch's asynchronous checkpoints), for adapters 100 times less; CheckFreq (Mohan et al. 2021)
+    keeps them under 3.5 % of the time. A head of Ray knows of a lost node after 15 to 30 s.
     """
 
     stall_s: float = 0.2
@@ -68,7 +68,7 @@ class Costs:
     """From the beginning of a checkpoint until it is durable, the stall included."""
     restart_s: float = 30.0
     """From workers that leave to the beginning of the next ones' first step."""
-    detect_s: float = 15.0
+    detect_s: float = 20.0
     """From the loss of a node without notice until that is known."""
 
 
@@ -85,8 +85,11 @@ class Job:
     workers_per_node: int = 1
     every_steps: int | Literal["auto"] = "auto"
     """Between checkpoints; auto: as `Pace` says."""
-    prior_hours: float = 24.0
+    prior_hours: float = policy.STEADY_HOURS
     """checkpoint.hours_between_failures: what is expected before any failure was met."""
+    grow_after_s: float = policy.SETTLE_S
+    start_timeout_s: float = FOREVER
+    """How long too little room is waited for before the run ends."""
 
 
 @dataclass
@@ -161,17 +164,18 @@ class _Run:
         self.standing = int(self.up.sum())
         self.told = np.zeros(len(self.up), bool)
         """Nodes under notice."""
-        self.since = np.full(len(self.up), -FOREVER)
         self.load = np.zeros(len(self.up), int)
         """Workers on each node."""
-        self.settles: deque[float] = deque()
-        """When nodes that came will have stood long enough."""
         # The workers.
         self.starts = 0
         self.workers = 0
         self.held = 0
         self.leave: Literal["", "preempted", "growing"] = ""
         """Why the workers are to leave after this step."""
+        self.grows = FOREVER
+        """When they will, if the room for more of them stands until then."""
+        self.fresh = True
+        """They have made no step yet."""
         self.done = 0
         self.saved = 0
         self.kept = (0.0, 0.0)
@@ -204,9 +208,8 @@ class _Run:
     # The fleet
 
     def _next(self) -> float:
-        """When the fleet next changes, or a change of it has settled."""
-        event = self.events[self.at].seconds if self.at < len(self.events) else FOREVER
-        return min(event, self.settles[0]) if self.settles else event
+        """When the fleet next changes."""
+        return self.events[self.at].seconds if self.at < len(self.events) else FOREVER
 
     def _to(self, when: float, cause: Cause) -> None:
         """Let time pass in which the fleet stays as it is."""
@@ -228,9 +231,8 @@ class _Run:
             node, workers = event.node, int(self.load[event.node])
             match event.kind:
                 case "back":
-                    self.up[node], self.since[node] = True, self.now
+                    self.up[node] = True
                     self.standing += 1
-                    self.settles.append(self.now + policy.SETTLE_S)
                 case "notice":
                     self.told[node] = True
                     if workers:
@@ -242,17 +244,12 @@ class _Run:
                     self.standing -= 1
                     self.held -= workers
                     self.load[node] = 0
-        while self.settles and self.settles[0] <= self.now:
-            self.settles.popleft()
         self.verdict = lost or "node lost"
         return lost
 
-    def _room(self, settled: bool = False) -> int:
-        """Workers that fit on nodes without a notice; `settled`: that have stood long enough."""
-        able = self.up & ~self.told
-        if settled:
-            able &= self.since <= self.now - policy.SETTLE_S
-        return int(able.sum()) * self.job.workers_per_node
+    def _room(self) -> int:
+        """Workers that fit on nodes without a notice."""
+        return int((self.up & ~self.told).sum()) * self.job.workers_per_node
 
     def _spend(self, seconds: float, cause: Cause) -> bool:
         """→ whether the workers are all still there. What ends as a node goes has ended."""
@@ -268,13 +265,15 @@ class _Run:
 
     def _wait_for_room(self) -> bool:
         """→ whether there is room at last."""
+        deadline = self.now + self.job.start_timeout_s
         while policy.choose_workers(self._room(), self.job.limits) is None:
-            if self.at == len(self.events):
-                if self.end < FOREVER:  # what stands is paid for until then
-                    self._to(self.end, "waiting")
+            if (when := min(self._next(), deadline)) == FOREVER:
+                when = self.end  # what stands is paid for until then, if it is known when
+            if when < FOREVER:
+                self._to(when, "waiting")
+            if when in (FOREVER, self.end, deadline):
                 self.out.status = "no room"
                 return False
-            self._to(self._next(), "waiting")
             self._change()
         return True
 
@@ -304,6 +303,7 @@ class _Run:
         self.out.steps_lost += self.done - self.saved
         self.done = self.saved
         self.load[:] = 0  # the others can't go on, and are held until that is known
+        self.grows = FOREVER
         self._spend(self.costs.detect_s, "detecting")
         self._release()
         return self._decide(Failure(kind, "a node went", step, self.saved))
@@ -311,7 +311,7 @@ class _Run:
     def _release(self) -> None:
         self.load[:] = 0
         self.held = 0
-        self.leave = ""
+        self.leave, self.grows = "", FOREVER
         self.save = None
 
     def _save_and_leave(self) -> bool:
@@ -330,9 +330,9 @@ class _Run:
             return False
         if why == "growing":
             self.out.growths += 1
-            return True
-        self.out.noticed += 1
-        return self._decide(Failure("preempted", "a node is to go", self.done, self.saved))
+        else:
+            self.out.noticed += 1
+        return True
 
     def _decide(self, failure: Failure) -> bool:
         decision = policy.decide(failure, self.history, self.job.limits)
@@ -350,10 +350,12 @@ class _Run:
 
     def _train(self) -> bool:
         """The steps of one start, until its workers leave → whether the run goes on."""
-        hours = policy.hours_between_losses(self.job.prior_hours, self.now / 3600, self.history)
+        hours = policy.expected_hours_between_failures(
+            self.job.prior_hours, self.now / 3600, len(self.history)
+        )
         pace = Pace(hours, lambda: self.now)
         step_s = self._step_s()
-        self._consider_growing()
+        self.fresh = True
         while True:
             if not self._steps(self._until_look(pace, step_s), step_s):
                 return self._lost()
@@ -378,7 +380,7 @@ class _Run:
     def _until_look(self, pace: Pace, step_s: float) -> int:
         """Steps until the run is over, a save is due, or the one under way is durable."""
         every, steps = self.job.every_steps, []
-        if self.leave:
+        if self.leave or self.fresh:
             return 1
         if self.job.total_steps is not None:
             steps.append(self.job.total_steps - self.done)
@@ -395,7 +397,7 @@ class _Run:
         still there."""
         begin = self.now
         try:
-            while (when := self._next()) < begin + steps * step_s:
+            while (when := min(self._next(), self.grows)) < begin + steps * step_s:
                 self._to(when, "training")
                 lost = self._change()
                 made = math.floor((self.now - begin) / step_s)
@@ -410,19 +412,28 @@ class _Run:
             self.done += math.floor((self.now - begin) / step_s)
             raise
         self.done += steps
+        if self.fresh:
+            self.fresh = False
+            self._consider_growing()
         return True
 
     def _consider_growing(self, made: int = 0) -> None:
         """`made`: steps that are not in `done` yet."""
         limits, step_s = self.job.limits, self._step_s()
-        if self.leave or self.workers >= limits.max_workers:
+        if self.leave or self.fresh or not limits.elastic:
+            self.grows = FOREVER
             return
         left_s = self.end - self.now
         if self.job.total_steps is not None:
             left_s = min(left_s, (self.job.total_steps - self.done - made) * step_s)
-        restart_s = self.costs.save_s + self.costs.restart_s
-        if policy.worth_growing(self.workers, self._room(True), limits, left_s, restart_s):
-            self.leave = "growing"
+        restart_s = self.costs.restart_s + step_s
+        better = policy.worth_growing(self.workers, self._room(), limits, left_s, restart_s)
+        if not better:
+            self.grows = FOREVER
+        elif self.grows == FOREVER:
+            self.grows = self.now + self.job.grow_after_s
+        if self.grows <= self.now:
+            self.leave, self.grows = "growing", FOREVER
 
     # Saving
 
@@ -458,7 +469,7 @@ class _Run:
         steps = max(1, math.ceil(pace.every_s / step_s))
         whole_s = steps * step_s + self.costs.stall_s
         rounds = FOREVER
-        if (quiet_till := min(self._next(), self.end)) < FOREVER:
+        if (quiet_till := min(self._next(), self.grows, self.end)) < FOREVER:
             rounds = (quiet_till - self.now) // whole_s - 2
         if self.job.total_steps is not None:
             rounds = min(rounds, (self.job.total_steps - self.done) // steps - 2)

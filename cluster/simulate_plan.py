@@ -87,6 +87,7 @@ def make_plan(
         workers_per_node=each,
         every_steps=config.checkpoint.every_steps if config else "auto",
         prior_hours=prior_hours(said, limits.preemptible),
+        **({} if config is None else _patience(config)),
     )
     costs, sources = _costs(given, found)
     sources["step_s"] = "given" if given.step_s is not None else "measured"
@@ -105,15 +106,20 @@ def _config(path: Path | None, overrides: Sequence[str]) -> Config | None:
     return load_config(path, overrides)
 
 
+def _patience(config: Config) -> dict[str, float]:
+    fleet = config.fleet
+    return {"grow_after_s": fleet.grow_after_s, "start_timeout_s": fleet.start_timeout_s}
+
+
 def _limits(given: Given, config: Config | None, found: Measured) -> Limits:
     start = found.start or {}
     least, most = given.min_workers, given.max_workers
     split = start.get("sequence_parallel_size", 1)
     if config is not None:
         split = config.fleet.sequence_parallel_size
-        if config.fleet.workers != "auto":
-            most = most or config.fleet.workers
-            least = least or min(most, config.fleet.workers)
+        few, many = config.fleet.worker_range or (config.fleet.most_workers,) * 2
+        most = most or many
+        least = least or (few and most and min(few, most))
     most = most or start.get("world_size")
     if most is None:
         raise ConfigError("how many workers there may be is not known; give --max-workers")
@@ -130,6 +136,7 @@ def _limits(given: Given, config: Config | None, found: Measured) -> Limits:
         max_workers=most,
         micro_batches=micros or ROUNDS * most // split,
         sequence_parallel_size=split,
+        max_failures=config.fleet.max_failures if config else 3,
         preemptible=config.fleet.preemptible if config else True,
     )
 

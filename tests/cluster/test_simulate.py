@@ -99,8 +99,8 @@ def test_a_save_under_way_is_lost_with_the_node():
 
 
 def test_room_that_came_back_is_grown_into_once_it_settled():
-    """Back at second 200, settled at 230. The step that runs then ends at 234 (94 + 7 · 20), saved
-    at 238, two workers at 268: 10 steps are done, 90 take 900 s."""
+    """Back at second 200, and settled at 230. The step that runs then ends at 234 (94 + 7 · 20),
+    saved at 238, two workers at 268: 10 steps are done, 90 take 900 s."""
     job = dataclasses.replace(JOB, total_steps=100)
     outcome = run("55,b,notice,120\n200,b,back\n", job)
     assert policy.SETTLE_S == 30
@@ -207,7 +207,8 @@ class Plain:
         self.up = {n: -1e9 for n, stands in enumerate(trace.standing) if stands}
         self.told: set[int] = set()
         self.used: set[int] = set()
-        self.settles: set[float] = set()
+        self.better_since: float | None = None
+        self.fresh = True
         self.leave = ""
         self.done = self.saved = 0
         self.spent = dict.fromkeys(CAUSES, 0.0)
@@ -226,7 +227,7 @@ class Plain:
                     cause, left = process.throw(Lost())
                 elif changed and left is None:
                     cause, left = next(process)
-                elif changed and cause == "training":
+                elif cause == "training":
                     self.consider()
                 if left is not None and left <= 0:
                     continue
@@ -237,13 +238,11 @@ class Plain:
             return self
 
     def change(self) -> tuple[bool, bool]:
-        changed, lost = self.now in self.settles, False
-        self.settles.discard(self.now)
+        changed = lost = False
         while self.events and self.events[0].seconds == self.now:
             event, changed = self.events.pop(0), True
             if event.kind == "back":
                 self.up[event.node] = self.now
-                self.settles.add(self.now + policy.SETTLE_S)
             elif event.kind == "notice":
                 self.told.add(event.node)
                 self.leave = "preempted" if event.node in self.used else self.leave
@@ -253,20 +252,25 @@ class Plain:
                 lost |= event.node in self.used
         return changed, lost
 
-    def room(self, age: float = -1.0) -> int:
-        return sum(n not in self.told and self.now - t >= age for n, t in self.up.items())
+    def room(self) -> int:
+        return sum(node not in self.told for node in self.up)
 
     def step_s(self) -> float:
         rounds = self.job.limits.rounds
         return self.job.step_s * rounds(self.workers) / rounds(self.job.limits.max_workers)
 
     def consider(self) -> None:
-        costs = self.costs.save_s + self.costs.restart_s
+        """Looked at with every tick, as the real one is with every second."""
+        if self.fresh or self.leave:
+            return
         left_s = (self.job.total_steps - self.done) * self.step_s()
-        settled = self.room(policy.SETTLE_S)
-        growing = policy.worth_growing(self.workers, settled, self.job.limits, left_s, costs)
-        if growing and not self.leave:
-            self.leave = "growing"
+        restart_s = self.costs.restart_s + self.step_s()
+        if policy.worth_growing(self.workers, self.room(), self.job.limits, left_s, restart_s):
+            self.better_since = self.now if self.better_since is None else self.better_since
+            if self.now - self.better_since >= self.job.grow_after_s:
+                self.leave = "growing"
+        else:
+            self.better_since = None
 
     def story(self) -> Iterator[tuple[str, float | None]]:
         while self.done < self.job.total_steps:
@@ -281,27 +285,24 @@ class Plain:
                 step, self.done = self.done, self.saved
                 yield "detecting", self.costs.detect_s
                 self.leave = ""
-                yield from self.fail("node lost", step)
-
-    def fail(self, kind: policy.Kind, step: int) -> Iterator[tuple[str, float]]:
-        failure = policy.Failure(kind, "", step, self.saved)
-        yield "waiting", policy.decide(failure, self.history, self.job.limits).wait_s
-        self.history.append(failure)
+                failure = policy.Failure("node lost", "", step, self.saved)
+                yield "waiting", policy.decide(failure, self.history, self.job.limits).wait_s
+                self.history.append(failure)
 
     def start(self) -> Iterator[tuple[str, float | None]]:
         yield "restarting", self.costs.restart_s
-        losses = sum(f.saved < f.step for f in self.history)
         hours = policy.expected_hours_between_failures(
-            self.job.prior_hours, self.now / 3600, losses
+            self.job.prior_hours, self.now / 3600, len(self.history)
         )
         every_s, since = FIRST_S, self.now
         kept_s = self.spent["training"]
         flight: tuple[float, int, float] | None = None  # when durable, step, training until then
-        self.consider()
+        self.fresh, self.better_since = True, None
         try:
             while True:
                 yield "training", self.step_s()
                 self.done += 1
+                self.fresh = False
                 if flight and flight[0] <= self.now:
                     _, self.saved, kept_s = flight
                     flight = None
@@ -314,15 +315,12 @@ class Plain:
                     yield "saving", self.costs.save_s
                     self.saved = self.done
                     self.used.clear()
-                    why, self.leave = self.leave, ""
-                    if why == "preempted" and self.done < self.job.total_steps:
-                        yield from self.fail("preempted", self.done)
+                    self.leave = ""
                     return
                 if flight is None and self.now - since >= every_s:
                     flight = (self.now + self.costs.save_s, self.done, self.spent["training"])
                     yield "saving", self.costs.stall_s
                     since = self.now
-                    self.consider()
         except Lost:
             if flight and flight[0] <= self.now:
                 _, self.saved, kept_s = flight
