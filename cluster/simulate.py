@@ -420,7 +420,7 @@ class _Run:
     def _consider_growing(self, made: int = 0) -> None:
         """`made`: steps that are not in `done` yet."""
         limits, step_s = self.job.limits, self._step_s()
-        if self.leave or self.fresh or not limits.elastic:
+        if self.leave or self.fresh or self.workers == limits.max_workers:
             self.grows = FOREVER
             return
         left_s = self.end - self.now
