@@ -108,7 +108,6 @@ def simulate(
     What the real run decides, its own code decides here.
     """
     from trimpot.cluster import simulate_show as show
-    from trimpot.cluster.prepare import write_text
     from trimpot.cluster.simulate import simulate as once
     from trimpot.cluster.simulate_plan import Given, make_plan
     from trimpot.cluster.traces import Spot, draw_trace, read_trace, to_csv
@@ -128,6 +127,8 @@ def simulate(
         traces = [draw_trace(spot, plan.hours, n) for n in range(seed, seed + runs)]
         what = show.describe(spot, runs)
     if write_trace is not None:
+        from trimpot.cluster.prepare import write_text
+
         write_text(write_trace, to_csv(traces[0]))
     outcomes = [once(plan.job, plan.costs, each) for each in traces]
     if as_json:

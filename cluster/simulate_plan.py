@@ -6,13 +6,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trimpot.cluster import journal
 from trimpot.cluster.costs import Measured, measure
 from trimpot.cluster.policy import Limits, prior_hours
 from trimpot.cluster.simulate import Costs, Job
-from trimpot.runner.config import Config
 from trimpot.runner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trimpot.runner.config import Config
 
 ROUNDS = 4
 """Micro-batches per worker and step, where nothing says how many."""
