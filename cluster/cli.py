@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from trimpot.cluster.cli_bench import bench
+from trimpot.cluster.cli_simulate import simulate
 from trimpot.kernels.errors import KernelError
 from trimpot.runner.errors import ConfigError, TrimpotError
 
@@ -234,6 +235,7 @@ def quickstart(
 
 
 app.add_typer(bench, name="bench")
+app.command()(simulate)
 
 
 def _existing_run(run: Path) -> Path:

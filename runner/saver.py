@@ -8,7 +8,6 @@ worker 0 commits once all have written. A save that fails is told, and the run g
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -29,11 +28,6 @@ from trimpot.runner.checkpoint import (
 )
 from trimpot.runner.engine import Share, State
 from trimpot.runner.types import Checkpoint
-
-FIRST_S = 60.0
-"""Until the first save, nobody knows what one costs: it is made this soon."""
-WRITING_SHARE = 0.1
-"""Of the time, at most, goes by with a write in the background: it takes a core and the disk."""
 
 
 @dataclass(frozen=True)
@@ -177,28 +171,3 @@ class Saver:
         """Wait for this worker's own writing, whatever became of the others'."""
         if self.job is not None:
             self.job.thread.join()
-
-
-class Pace:
-    """When the next checkpoint is due, where the run decides that itself.
-
-    Every √(2 · C · M) seconds, C what a save costs the run and M the mean time between failures
-    (Young 1974, "A first order approximation to the optimum checkpoint interval"): more often,
-    and saving costs more than the work that a failure loses; less often, the other way round. C is
-    how long training stood still for the last one.
-    """
-
-    def __init__(self, hours_between_failures: float, clock: Callable[[], float] = time.monotonic):
-        self.failure_s, self.clock = hours_between_failures * 3600, clock
-        self.every_s = FIRST_S
-        self.since = clock()
-
-    def due(self) -> bool:
-        return self.clock() - self.since >= self.every_s
-
-    def begun(self) -> None:
-        self.since = self.clock()
-
-    def measured(self, saved: Saved) -> None:
-        best_s = math.sqrt(2 * saved.stall_s * self.failure_s)
-        self.every_s = max(best_s, (saved.seconds - saved.stall_s) / WRITING_SHARE)

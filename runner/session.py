@@ -18,8 +18,9 @@ from trimpot.runner.data.compile import Compiled
 from trimpot.runner.engine import Engine
 from trimpot.runner.errors import CheckpointError, SaveError
 from trimpot.runner.loop import held_out_loss
+from trimpot.runner.pace import Pace
 from trimpot.runner.sample import answer_prompts
-from trimpot.runner.saver import Failed, Pace, Saved, Saver
+from trimpot.runner.saver import Failed, Saved, Saver
 from trimpot.runner.types import Checkpoint, Event, Plan, StepReport
 
 Report = Callable[[StepReport | Event], None]

@@ -198,7 +198,17 @@ print(json.dumps({"code": code, "heavy": heavy, "seconds": time.process_time()})
 """
 
 
-@pytest.mark.parametrize("command", ["--help", "train --help", "plan run.yaml", "schema", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--help",
+        "train --help",
+        "plan run.yaml",
+        "schema",
+        "doctor",
+        "simulate --max-workers 2 --step-seconds 5 --runs 2",
+    ],
+)
 def test_answers_at_once(command: str, tmp_path: Path) -> None:
     import toy
 

@@ -18,7 +18,8 @@ from tiny import tiny_data
 
 from trimpot.runner.checkpoint import list_checkpoints, load_state, newest_checkpoint
 from trimpot.runner.journal import Journal
-from trimpot.runner.saver import FIRST_S, WRITING_SHARE, Pace, Saved
+from trimpot.runner.pace import FIRST_S, WRITING_SHARE, Pace
+from trimpot.runner.saver import Saved
 from trimpot.runner.types import Checkpoint, Event
 
 STEPS = 10
