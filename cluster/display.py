@@ -24,6 +24,7 @@ from rich.text import Text
 
 from trimpot.cluster.journal import (
     Event,
+    bad_step,
     change,
     duration,
     history,
@@ -89,6 +90,10 @@ class Display:
             self._print(Text(f"warning: {clean(event['text'])}", style="yellow"))
         elif event["kind"] in ("failure", "leave"):
             self._print(Text(clean(_parting(event)), style="yellow"))
+        elif event["kind"] == "bad_step":
+            self._print(Text(clean(bad_step(event)), style="yellow"))
+        elif event["kind"] == "corruption":
+            self._print(Text(clean(event["text"]), style="bold red"))
         elif self._live is None and (line := self._plain(event)):
             self._print(Text(line))
 

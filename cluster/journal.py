@@ -57,6 +57,11 @@ class Run:
     sessions: tuple[Session, ...]
     failures: tuple[Event, ...] = ()
     """What ended starts of the run, those that came to no step included."""
+    bad_steps: tuple[Event, ...] = ()
+    """Steps that updated nothing, each as the last session that met it wrote it."""
+    corruptions: tuple[Event, ...] = ()
+    checks: tuple[Event, ...] = ()
+    """Comparisons of the weights that found all well."""
 
     @property
     def seconds(self) -> float:
@@ -182,6 +187,9 @@ class _Fold:
         self.phases: dict[str, Event] = {}
         self.warnings: list[Event] = []
         self.failures: list[Event] = []
+        self.corruptions: list[Event] = []
+        self.bad_steps: dict[int, Event] = {}
+        self.checks: dict[int, Event] = {}
         self.sessions: list[Session] = []
         self.session: list[Event] = []
         self.steps_redone = 0
@@ -204,6 +212,12 @@ class _Fold:
                 self.warnings.append(event)
             case "failure":
                 self.failures.append(event)
+            case "bad_step":
+                self.bad_steps[event["step"]] = event
+            case "check":
+                self.checks[event["step"]] = event
+            case "corruption":
+                self.corruptions.append(event)
             case _:  # "end" is found in its session; a newer version's kinds are none of ours
                 pass
         self.session.append(event)
@@ -219,7 +233,7 @@ class _Fold:
         kept_to = event.get("resumed_from")
         kept_to = -1 if kept_to is None else kept_to
         self.steps_redone = max(0, max(self.steps, default=0) - max(kept_to, 0))
-        for table in (self.steps, self.evals, self.checkpoints):
+        for table in (self.steps, self.evals, self.checkpoints, self.bad_steps, self.checks):
             for step in [step for step in table if step > kept_to]:
                 del table[step]
         self.samples = {k: (s, e) for k, (s, e) in self.samples.items() if s <= kept_to}
@@ -250,6 +264,9 @@ class _Fold:
             end=last.end if last else None,
             sessions=tuple(self.sessions),
             failures=tuple(self.failures),
+            bad_steps=tuple(self.bad_steps[step] for step in sorted(self.bad_steps)),
+            corruptions=tuple(self.corruptions),
+            checks=tuple(self.checks[step] for step in sorted(self.checks)),
         )
 
 
@@ -380,6 +397,18 @@ def size(n_bytes: float | None) -> str:
 def percentage(part: float) -> str:
     """Rounded down, so that 100 % is all of it."""
     return "100 %" if part >= 1 else f"{math.floor(1000 * part) / 10:.1f} %"
+
+
+def bad_step(event: Event) -> str:
+    """What was wrong with a step, of which samples, and what followed."""
+    shown = ", ".join(map(str, sorted(event["samples"])[:8]))
+    more = f" and {len(event['samples']) - 8:,} more" if len(event["samples"]) > 8 else ""
+    then = {
+        "skip": "it updated nothing",
+        "rewind": f"back to the weights of step {event['to']}, and on with the next samples",
+        "stop": "the run stops",
+    }
+    return f"{event['why']} (samples {shown}{more}): {then.get(event['action'], event['action'])}"
 
 
 def packing(fill: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from trimpot.cluster.journal import (
     Run,
+    bad_step,
     change,
     duration,
     history,
@@ -112,6 +113,7 @@ def _content(run: Run) -> dict[str, Any]:
         "sessions_left_out": len(run.sessions[:-MAX_ROWS]),
         "failures": _failures(run)[-MAX_ROWS:],
         "failures_left_out": len(run.failures[:-MAX_ROWS]),
+        "health": _health(run),
         "warnings": _warnings(run),
         "config": _yaml(start.get("config") or {}),
         "versions": sorted((start.get("versions") or {}).items()),
@@ -249,6 +251,12 @@ def _arrangement(run: Run) -> list[tuple[str, str]]:
         if ((s.get("config") or {}).get("data") or {}).get("packing"):
             rows.append(("Packed", packing(fill)))
         rows.append(("Real tokens of those computed", percentage(fill["computed_share"])))
+    if run.checks:
+        spent = sum(check["seconds"] for check in run.checks)
+        whole = sum(step["seconds"] for step in run.steps)
+        share = f", {100 * spent / whole:.2g} % of the time" if whole > 0 else ""
+        each = size(run.checks[-1]["bytes"])
+        rows.append(("Weights checked", f"{len(run.checks):,} times, {each} each{share}"))
     predicted, measured = s.get("memory_predicted_bytes"), run.memory_bytes
     rows.append(("Memory predicted", size(predicted)))
     off = f" ({change(predicted, measured)})" if change(predicted, measured) else ""
@@ -294,6 +302,14 @@ def _failures(run: Run) -> list[dict[str, str]]:
         }
         for event in run.failures
     ]
+
+
+def _health(run: Run) -> list[str]:
+    """Steps and weights that could not be right; nothing of a run that had none."""
+    lines = [event["text"] for event in run.corruptions]
+    lines += [f"Step {event['step']:,}: {bad_step(event)}" for event in run.bad_steps]
+    more = len(lines) - MAX_ROWS
+    return lines[:MAX_ROWS] + ([f"… and {more:,} more, in journal.jsonl"] if more > 0 else [])
 
 
 def _warnings(run: Run) -> list[str]:

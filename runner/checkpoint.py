@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from trimpot.runner import durable
 from trimpot.runner.durable import Fingerprint
 from trimpot.runner.engine import Share, State
-from trimpot.runner.errors import CheckpointError, StorageError
+from trimpot.runner.errors import CheckpointError, StorageError, TrainError
 from trimpot.runner.types import Checkpoint
 
 FORMAT = 2
@@ -64,7 +64,7 @@ def save_checkpoint(
     try:
         files = {STATE: write_state(partial, state)}
         return commit(partial, files, step=step, cursor=cursor, complete=complete, facts=facts)
-    except StorageError:
+    except (StorageError, TrainError):
         durable.remove(partial)
         raise
 
@@ -76,7 +76,8 @@ def staging(folder: Path, step: int, token: str) -> Path:
 
 
 def write_state(partial: Path, state: State) -> Fingerprint:
-    """Write whole tensors of all parameters as the only file. Raises StorageError."""
+    """Write whole tensors of all parameters as the only file. Raises StorageError, and TrainError
+    where they are not finite."""
     tensors = {f"{key}/{n}": t for n, values in state.items() for key, t in values.items()}
     return _write_tensors(partial / STATE, tensors)
 
@@ -144,7 +145,9 @@ def _safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memory
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
-    for tensor in tensors.values():
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():  # nothing that a run could go on from
+            raise TrainError(f"{name.partition('/')[2]} holds values that are not finite")
         if tensor.numel():
             yield tensor.detach().contiguous().view(-1).numpy().data.cast("B")
 
@@ -210,15 +213,25 @@ def _text(manifest: dict[str, Any]) -> str:
     return json.dumps(manifest, indent=2, sort_keys=True) + "\n"
 
 
-def prune(folder: Path, newest: Checkpoint, keep: int, token: str = "alone") -> None:
+def prune(
+    folder: Path,
+    newest: Checkpoint,
+    keep: int,
+    token: str = "alone",
+    spare: Callable[[int], bool] | None = None,
+) -> None:
     """After `newest` was saved: delete all but the newest `keep`, and what broken saves left.
 
-    `newest` stays even where others have later steps. Saves that this start of the run (`token`)
-    has begun since are left alone.
+    `newest` stays even where others have later steps, and so does the newest whose step `spare`
+    accepts. Saves that this start of the run (`token`) has begun since are left alone.
     """
-    others = [path for path in list_checkpoints(folder) if path != newest.path]
+    every = list_checkpoints(folder)
+    others = [path for path in every if path != newest.path]
+    spared = next((path for path in every if spare is not None and spare(step_of(path))), None)
     with suppress(OSError):
         for path in others[max(0, keep - 1) :]:  # half removed, they are no checkpoints
+            if path == spared:
+                continue
             os.rename(path, path.with_name(f".{path.name}.gone"))  # noqa: PTH104
         durable.sync_folder(folder)
     for path in [*folder.glob(".step-*.partial"), *folder.glob(".step-*.gone")]:
@@ -306,6 +319,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
     found = [(NAME.fullmatch(path.name), path) for path in folder.glob("step-*")]
     order = [(int(m[1]), int(m[2] or 0), path) for m, path in found if m]
     return [path for _, _, path in sorted(order, reverse=True)]
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
 
 
 def newest_checkpoint(

@@ -290,6 +290,25 @@ class CheckpointSection(Section):
     """Checkpoints kept on disk, the newest ones."""
 
 
+class HealthSection(Section):
+    on_bad_step: Literal["skip", "stop"] = "skip"
+    """A step is bad whose loss or gradient norm is not finite, or a spike. skip leaves weights and
+    moments as they are and goes on with the next samples; stop ends the run before the update."""
+    spike_threshold: Annotated[float, Field(ge=3)] | None = 10
+    """How many times the usual deviation of its logarithm a loss or gradient norm may lie over the
+    median of the last steps; null lets pass what is finite."""
+    window: Annotated[int, Field(ge=32, le=4096)] = 128
+    """Steps that the median and the deviation are of; nothing is a spike before 32."""
+    rewind_after: Positive = 3
+    """Bad steps in a row after which the run goes back to the newest checkpoint from before them,
+    and on with the samples after them."""
+    max_rewinds: Annotated[int, Field(ge=0)] = 2
+    """Rewinds, without `window` good steps between them, that a run survives."""
+    check_every: Positive | None = 100
+    """Steps between two comparisons of the weights that workers must hold alike, and of frozen
+    ones with what they were at the start; each checkpoint is preceded by one. null: never."""
+
+
 class EvaluationSection(Section):
     every_steps: Positive | None = None
     """Held-out loss every so many steps; always before the first and after the last."""
@@ -342,6 +361,8 @@ class Config(Section):
     """What its operations run on."""
     checkpoint: CheckpointSection = CheckpointSection()
     """When it is saved."""
+    health: HealthSection = HealthSection()
+    """What becomes of steps and weights that can't be right."""
     evaluation: EvaluationSection = EvaluationSection()
     """When the held-out loss is measured."""
     samples: SamplesSection = SamplesSection()

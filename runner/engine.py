@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from trimpot.runner.fused.exchange import Workers
-from trimpot.runner.optimizer import AdamW
+from trimpot.runner.optimizer import AdamW, TorchAdamW
 from trimpot.runner.types import Plan
 
 State = dict[str, dict[str, torch.Tensor]]
@@ -34,6 +34,8 @@ ReadWhole = Callable[[str, str], torch.Tensor]
 ReadPart = Callable[[str, str, int, int], torch.Tensor]
 """(parameter name, key, start, stop) → elements start … stop − 1 of it, flattened."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Judge = Callable[[float], str]
+"""Norm of a step's gradient → why it must not be followed, or ""."""
 
 
 def deepspeed_config(plan: Plan) -> dict[str, Any]:
@@ -86,10 +88,12 @@ class Engine:
     """A model under DeepSpeed. `names` are the trained parameters, in the model's order."""
 
     inner: Any
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW | TorchAdamW
     names: dict[str, nn.Parameter]
     zero_stage: int
     plain_norm: float = 0.0
+    _judge: Judge | None = None
+    _verdict: str | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -98,26 +102,53 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Add the loss's gradients; the last call of a step reduces them over the workers.
 
-        Gradients are summed over accumulation steps and averaged over workers.
+        Gradients are summed over accumulation steps and averaged over workers. `update` is to
+        follow the last call of a step.
         """
         self.inner.backward(loss, scale_wrt_gas=False)
-        if (
-            self.inner.optimizer is self.optimizer
-            and self.inner.is_gradient_accumulation_boundary()
-        ):
+        if not self.inner.is_gradient_accumulation_boundary():
+            self.inner.step()  # counts the accumulation step, and no more
+        elif self.inner.optimizer is self.optimizer:
             # At stage 0 in fp32 DeepSpeed clips without telling the norm.
             gradients = [p.grad for p in self.names.values() if p.grad is not None]
             self.plain_norm = float(torch.nn.utils.get_total_norm(gradients))
-        self.inner.step()  # updates at the last accumulation step only
+
+    def update(self, judge: Judge) -> str:
+        """Follow the gradient, unless `judge` says on any worker why not → what was said.
+
+        DeepSpeed learns the norm on the way to the optimizer that it wraps, and that one asks
+        whether to go on. Refused, it touches nothing: DeepSpeed then copies the old masters over
+        weights that are their rounding already, and drops the gradient as after any step.
+        """
+        self._judge, self._verdict = judge, None
+        self.optimizer.refuses = lambda: bool(self._refusal())
+        self.inner.step()
+        why = self._refusal()  # of an infinite norm stage 3 and bf16 at stage 0 never ask
+        self.optimizer.refuses = None
+        if why:
+            self._begin_moments()
+        return why
+
+    def _refusal(self) -> str:
+        """What the judge says of this step, asked once."""
+        assert self._judge is not None
+        if self._verdict is None:
+            self._verdict = self._judge(self.grad_norm())
+            # From stage 1 on the norm is a sum over the workers. At stage 0 each has one of its
+            # own, of gradients that should be equal; should.
+            if not self.zero_stage and any(sum_over_workers([float(bool(self._verdict))])):
+                self._verdict = first_text(self._verdict)
+        return self._verdict
 
     def set_learning_rate(self, value: float) -> None:
         for group in self.inner.optimizer.param_groups:
             group["lr"] = value
 
     def grad_norm(self) -> float:
-        """Norm of the last step's gradient, before clipping."""
-        norm = self.inner.get_global_grad_norm()
-        return float(norm) if norm is not None else self.plain_norm
+        """Norm of the step's gradient, before clipping; known once the step is at its update."""
+        if self.inner.optimizer is self.optimizer:
+            return self.plain_norm
+        return float(self.inner.optimizer._global_grad_norm)
 
     def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
         """Inside, parameters that ZeRO-3 has partitioned are whole on every worker."""
@@ -230,6 +261,14 @@ class Engine:
         DeepSpeed took it over: later, its bf16 copy would be stale.
         """
         self._make_moments()
+        self._load(read, step)
+
+    def rewind(self, whole: ReadWhole, part: ReadPart, step: int) -> None:
+        """Put back what was saved after `step` steps, whatever became of it since."""
+        load_weights(self.module, whole, self.zero_stage)
+        self._load(part, step)
+
+    def _load(self, read: ReadPart, step: int) -> None:
         self._link_moments()
         for name, parameter in self.names.items():
             start, stop = self._extent(parameter)
@@ -256,6 +295,18 @@ class Engine:
         else:
             safe_set_local_optimizer_state(parameter, value, key)
 
+    def _begin_moments(self) -> None:
+        """What Adam's first step would begin with, where it was refused: checkpoints have it."""
+        inner, groups = self.inner.optimizer, self.optimizer.param_groups
+        masters = [p for group in groups for p in group["params"]]
+        if self.zero_stage == 3:
+            masters = inner.fp32_partitioned_groups_flat
+        for master in masters:
+            moments = self.optimizer.state[master]
+            if not moments:
+                moments["step"] = torch.zeros(())
+                moments |= {key: torch.zeros_like(master) for key in MOMENTS}
+
     def _make_moments(self) -> None:
         """One step with learning rate 0 and gradient 0: until then Adam has no moments."""
         rates = [group["lr"] for group in self.inner.optimizer.param_groups]
@@ -264,6 +315,7 @@ class Engine:
         ids = torch.zeros(1, 2, dtype=torch.int64, device=device())
         for _ in range(self.inner.gradient_accumulation_steps()):
             self.backward(self.inner(input_ids=ids).logits.float().sum() * 0.0)
+        self.update(lambda _: "")
         for group, rate in zip(self.inner.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
@@ -284,13 +336,13 @@ def start_engine(plan: Plan, model: nn.Module) -> Engine:
     return engine
 
 
-def _optimizer(plan: Plan, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(plan: Plan, parameters: list[nn.Parameter]) -> AdamW | TorchAdamW:
     """Ours where the plan has a kernel for it, torch's own otherwise."""
     optim, groups = plan.config.optim, _groups(plan, parameters)
     settings = {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.eps}
     backend = plan.kernels.get("adamw_step", {"backend": "off"})["backend"]
     if backend in ("off", "torch"):
-        return torch.optim.AdamW(groups, **settings)
+        return TorchAdamW(groups, **settings)
     return AdamW(groups, **settings, backend=backend)
 
 
@@ -315,7 +367,8 @@ def _groups(plan: Plan, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
 
 
 def load_weights(model: nn.Module, read: ReadWhole, zero_stage: int) -> None:
-    """Copy trained weights into a model that `start_engine` has not yet seen, one by one."""
+    """Copy trained weights into a model, one by one. One that `start_engine` has seen holds its
+    masters elsewhere: see `Engine.rewind`."""
     import deepspeed
 
     for name, parameter in model.named_parameters():

@@ -58,6 +58,20 @@ class WorkerError(TrainError):
     """A worker ended by something that is no error of ours; Ray's exception is its cause."""
 
 
+class CorruptionError(TrimpotError):
+    """Weights changed that nothing trained, or workers that must hold the same ones do not.
+
+    `ranks`: who is suspect; the run is as good as its newest checkpoint.
+    """
+
+    def __init__(self, text: str, ranks: tuple[int, ...]):
+        super().__init__(text)
+        self.ranks = ranks
+
+    def __reduce__(self) -> tuple[type[CorruptionError], tuple[str, tuple[int, ...]]]:
+        return type(self), (str(self), self.ranks)
+
+
 class SaveError(TrimpotError):
     """What was trained could not be saved at the end, or where the run was told to stop."""
 

@@ -15,7 +15,7 @@ from trimpot.runner.data.batch import Batch, collate, join, slice_of
 from trimpot.runner.data.compile import Compiled
 from trimpot.runner.data.cursor import Cursor, deal
 from trimpot.runner.engine import Engine, device, memory_bytes, ranks, sum_over_workers
-from trimpot.runner.errors import TrainError
+from trimpot.runner.health import Health
 from trimpot.runner.model import attends_by_document
 from trimpot.runner.tasks.causal_lm import token_loss_sum
 from trimpot.runner.types import Plan, StepReport
@@ -34,12 +34,18 @@ def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:
 
 
 def run_loop(
-    plan: Plan, engine: Engine, data: Compiled, first: int, signals: Callable[[], list[float]]
+    plan: Plan,
+    engine: Engine,
+    data: Compiled,
+    health: Health,
+    first: int,
+    signals: Callable[[], list[float]],
 ) -> Iterator[tuple[StepReport, list[float]]]:
     """Optimizer steps `first` … total, each with what the workers signal to each other.
 
-    `signals` is asked on every worker at the end of a step, and the sums over all workers reach
-    each of them with the step's loss, so that they stop and save at the same step.
+    `signals` is asked on every worker before a step's update, and the sums over all workers reach
+    each of them with the step's loss, so that they stop and save at the same step. `health` is told
+    of each step, and a bad one updates nothing: `health.bad` until the next.
     """
     assert plan.total_steps is not None
     cursor = Cursor(len(data), plan.config.seed)
@@ -55,11 +61,8 @@ def run_loop(
         local = _train_step(plan, engine, data, step, micros, tokens)
         total, *signalled = sum_over_workers([local, *signals()])
         loss = total / tokens
-        if not math.isfinite(loss):
-            raise TrainError(
-                f"the loss of step {step} is {loss}; samples {sorted(indices.tolist())[:8]} …; "
-                "lower optim.learning_rate, or look at these samples"
-            )
+        why = engine.update(lambda norm, step=step, loss=loss: health.judge(step, loss, norm))
+        health.record(step, loss, engine.grad_norm(), why, indices.tolist())
         report = StepReport(
             step=step,
             loss=loss,

@@ -10,11 +10,26 @@ import torch
 from trimpot.kernels.ops.adamw_step import adamw_step
 
 
+class TorchAdamW(torch.optim.AdamW):
+    """torch's own, whose update can be refused; see `AdamW.refuses`."""
+
+    refuses: Callable[[], bool] | None = None
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self.refuses is not None and self.refuses():
+            return None
+        return super().step(closure)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
 class AdamW(torch.optim.Optimizer):
     """As torch.optim.AdamW, state names included: DeepSpeed and checkpoints go by them.
 
     Parameters are fp32, as DeepSpeed's masters are.
     """
+
+    refuses: Callable[[], bool] | None = None
+    """Asked at the beginning of each step, where it is set: true leaves weights and moments
+    untouched."""
 
     def __init__(
         self,
@@ -31,6 +46,8 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         loss = None
+        if self.refuses is not None and self.refuses():
+            return None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()

@@ -56,6 +56,7 @@ class Job:
     sharded: bool
     began: float
     stall_s: float
+    spare: Callable[[int], bool] | None
     thread: threading.Thread = field(init=False)
     told: bool = False
     """Sharded: every worker knows that all have written."""
@@ -74,19 +75,26 @@ class Saver:
         self.job: Job | None = None
 
     def begin(
-        self, content: State | Share, *, sharded: bool, began: float, step: int, **facts: Any
+        self,
+        content: State | Share,
+        *,
+        sharded: bool,
+        began: float,
+        step: int,
+        spare: Callable[[int], bool] | None = None,
+        **facts: Any,
     ) -> None:
         """Start to write. `content`: of the whole run on worker 0 (`sharded` False: the others do
         nothing), or each worker's share. No save may be under way.
 
-        `began`: time.perf_counter() when the copying began.
+        `began`: time.perf_counter() when the copying began. `spare`: as of `prune`.
         """
         assert self.job is None
         if self.rank and not sharded:
             return
         stall_s = time.perf_counter() - began
         partial = staging(self.folder, step, self.token)
-        job = Job(step, {"step": step, **facts}, partial, sharded, began, stall_s)
+        job = Job(step, {"step": step, **facts}, partial, sharded, began, stall_s, spare)
         self.job = job
 
         def write() -> None:
@@ -113,7 +121,7 @@ class Saver:
 
     def _commit(self, job: Job, files: dict[str, Any]) -> None:
         job.checkpoint = commit(job.partial, files, **job.facts)
-        prune(self.folder, job.checkpoint, self.keep, self.token)
+        prune(self.folder, job.checkpoint, self.keep, self.token, job.spare)
 
     def progress(self) -> tuple[float, float]:
         """(1 if this worker's shard is written, 1 if that failed), for `advance` to be given the

@@ -13,17 +13,21 @@ from safetensors import SafetensorError
 
 from trimpot.runner import engine as engines
 from trimpot.runner.adapters.peft_io import save_adapter
-from trimpot.runner.checkpoint import load_state, prune
+from trimpot.runner.checkpoint import Reader, load_state, prune
 from trimpot.runner.data.compile import Compiled
 from trimpot.runner.engine import Engine
-from trimpot.runner.errors import CheckpointError, SaveError
+from trimpot.runner.errors import CheckpointError, CorruptionError, SaveError, TrainError
+from trimpot.runner.health import Action, Health
 from trimpot.runner.loop import held_out_loss
 from trimpot.runner.pace import Pace
+from trimpot.runner.replicas import Replicas
 from trimpot.runner.sample import answer_prompts
 from trimpot.runner.saver import Failed, Saved, Saver
 from trimpot.runner.types import Checkpoint, Event, Plan, StepReport
 
 Report = Callable[[StepReport | Event], None]
+Reopen = Callable[[Callable[[int], bool]], tuple[Checkpoint, Reader] | None]
+"""The newest good checkpoint whose step is accepted, the same on all workers; all must call."""
 
 
 class Session:
@@ -36,10 +40,16 @@ class Session:
         data: Compiled,
         held_out: Compiled | None,
         report: Report,
+        health: Health,
         last: Checkpoint | None,
         asked: Callable[[], bool],
+        reopen: Reopen,
     ):
         """`last`: the checkpoint that this start goes on from."""
+        self.health, self.reopen = health, reopen
+        self.replicas = Replicas(engine) if plan.config.health.check_every else None
+        self.checked = 0
+        """The step after which the weights were checked last."""
         self.plan, self.engine, self.data, self.held_out = plan, engine, data, held_out
         self.report, self.last, self.asked = report, last, asked
         self.run = Path(plan.run_dir)
@@ -66,11 +76,17 @@ class Session:
         self._hear(self.saver.advance(written, failed))
         config = self.plan.config
         final = step.step == self.plan.total_steps
+        if self.health.bad is not None:
+            step = self._treat(step, final)
+        every = config.health.check_every
+        if every and step.step % every == 0:
+            self._check(step)
         every = config.evaluation.every_steps
         if final or (every and step.step % every == 0):
             step = replace(step, held_out_loss=self.evaluate(step.step))
         every = config.checkpoint.every_steps
         if final or stop:
+            self._check(step)
             try:
                 saved = self.save(step.step, complete=final)
             except SaveError:
@@ -79,9 +95,52 @@ class Session:
             step = replace(step, checkpoint=saved.path.name)
         elif due or (every != "auto" and step.step % every == 0):
             self._hear(self.saver.finish())
+            self._check(step)
             self._begin(step.step, complete=False)
         self.report(step)
         return bool(stop)
+
+    def _check(self, step: StepReport) -> None:
+        """Whether weights are what they must be, before anything is made of them. Raises
+        CorruptionError on all workers."""
+        if self.replicas is None or self.checked == step.step:
+            return
+        self.checked = step.step
+        try:
+            self.report(Event("check", self.replicas.check(step.step)))
+        except CorruptionError as error:
+            self.report(step)  # it was done
+            values = {"step": step.step, "ranks": list(error.ranks), "text": str(error)}
+            self.report(Event("corruption", values))
+            raise
+
+    def _treat(self, step: StepReport, final: bool) -> StepReport:
+        """What follows from a bad step. Raises TrainError where the run can't go on."""
+        bad, action, to = self.health.bad, self.health.action(final), None
+        assert bad is not None
+        no_way_back = False
+        if action == "rewind":
+            self._hear(self.saver.finish())
+            to = self._rewind()
+            no_way_back = to is None
+            action: Action = "stop" if no_way_back else "rewind"
+        self.report(Event("bad_step", self.health.event(action, to)))
+        if action == "stop":
+            self.report(replace(step, health=f"{bad.why}: stopped"))
+            raise TrainError(self.health.complaint(no_way_back))
+        if to is None:
+            return replace(step, health=f"{bad.why}: skipped")
+        self.health.rewound(to, step.step)
+        return replace(step, health=f"{bad.why}: back to step {to}")
+
+    def _rewind(self) -> int | None:
+        """Put back what was before the bad steps → the step it is of; None where nothing is."""
+        if (found := self.reopen(self.health.may_return_to)) is None:
+            return None
+        checkpoint, reader = found
+        self.engine.rewind(reader.whole, reader.part, checkpoint.step)
+        reader.close()
+        return checkpoint.step
 
     def evaluate(self, step: int) -> float | None:
         if self.held_out is None:
@@ -115,6 +174,7 @@ class Session:
             "world_size": self.world,
             "zero_stage": self.plan.zero_stage,
             "method": config.method,
+            "health": self.health.state(),
             **({"shapes": self.engine.shapes()} if sharded else {}),
         }
         self.saver.begin(
@@ -125,6 +185,7 @@ class Session:
             cursor=step * config.optim.batch_size,
             complete=complete,
             facts=facts,
+            spare=None if complete else self.health.copy().may_return_to,
         )
         if self.pace is not None:
             self.pace.begun()

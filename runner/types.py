@@ -103,7 +103,9 @@ class Plan:
         return dataclasses.replace(self, **changes)
 
 
-NOT_NUMBERS = ("fleet", "checkpoint", "tracking", "samples", "output_dir", "evaluation")
+NOT_NUMBERS = ("fleet", "checkpoint", "tracking", "samples", "output_dir", "evaluation", "health")
+"""Health is among them so that a run that stopped at a bad step can go on and skip it: what was
+decided until then is in the checkpoint."""
 
 
 def decides_numbers(config: dict[str, Any]) -> dict[str, Any]:
@@ -137,11 +139,13 @@ class StepReport:
     held_out_loss: float | None = None
     checkpoint: str | None = None
     health: str = "ok"
+    """Or why the step did not update the weights, and what followed."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Anything else a worker tells: start, phase, sample, eval, checkpoint, warning, end."""
+    """Anything else a worker tells: start, phase, sample, eval, checkpoint, warning, bad_step,
+    check, corruption, end."""
 
     kind: str
     values: dict[str, Any]

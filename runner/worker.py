@@ -25,6 +25,7 @@ from trimpot.runner.checkpoint import (
     checkpoint_at,
     list_checkpoints,
     put_aside,
+    step_of,
 )
 from trimpot.runner.data.compile import Compiled, load_splits
 from trimpot.runner.data.fill import fill_of
@@ -36,6 +37,7 @@ from trimpot.runner.errors import (
     TrimpotError,
     WorkerStorageError,
 )
+from trimpot.runner.health import Health
 from trimpot.runner.journal import Journal
 from trimpot.runner.loop import run_loop
 from trimpot.runner.model import (
@@ -81,13 +83,21 @@ def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False)
     first = found[0].step + 1 if found else 1
     nodes = engines.texts(os.environ.get(NODE, ""))
     report(_start(plan, model, data, held_out, parameters, trained, first, nodes))
-    session = Session(plan, engine, data, held_out, report, found[0] if found else None, asked)
+    config, last = plan.config, found[0] if found else None
+    past = found[1].get("health") if found else None
+    health = Health(config.health, config.checkpoint.every_steps, past)
+
+    def reopen(accept: Callable[[int], bool]) -> tuple[Checkpoint, Reader] | None:
+        at = _newest_good(run / "checkpoints", report, accept)
+        return (at[0], _matching(plan, data, model, *at)) if at is not None else None
+
+    session = Session(plan, engine, data, held_out, report, health, last, asked, reopen)
     if first == 1:
         session.evaluate(0)
         session.show("before")
         clock.tell("first look")
     try:
-        for step, signals in run_loop(plan, engine, data, first, session.signals):
+        for step, signals in run_loop(plan, engine, data, health, first, session.signals):
             stopped = session.after(step, signals)
             if step.step == first:
                 clock.tell("first step")
@@ -101,11 +111,14 @@ def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False)
     return session.last
 
 
-def _newest_good(folder: Path, report: Report) -> tuple[Checkpoint, dict[str, Any]] | None:
-    """The newest checkpoint that verifies, the same on all workers: each checks a part of its
-    files. A damaged one is named, and set aside."""
+def _newest_good(
+    folder: Path, report: Report, accept: Callable[[int], bool] = lambda step: True
+) -> tuple[Checkpoint, dict[str, Any]] | None:
+    """The newest checkpoint that verifies and whose step is accepted, the same on all workers: each
+    checks a part of its files. A damaged one is named, and set aside."""
     rank, world = engines.ranks()
-    newest = list_checkpoints(folder)[:CANDIDATES] if rank == 0 else []
+    there = list_checkpoints(folder) if rank == 0 else []
+    newest = [path for path in there if accept(step_of(path))][:CANDIDATES]
     names = engines.first_text("\n".join(path.name for path in newest))
     for path in (folder / name for name in names.splitlines()):
         found, fault = None, ""

@@ -299,3 +299,21 @@ def test_trend_keeps_the_course_in_bounded_memory() -> None:
     for _ in range(5):
         flat.add(1.0)
     assert flat.sparkline(8) == "▁" * 5
+
+
+def test_bad_steps_and_weights_are_one_line_each() -> None:
+    bad = {"kind": "bad_step", "step": 57, "loss": math.nan, "grad_norm": math.nan}
+    bad |= {"why": "the loss of step 57 is nan", "samples": list(range(12, 0, -1))}
+    corruption = {"kind": "corruption", "step": 58, "ranks": [1]}
+    corruption["text"] = "the trained weights of worker 1 differ\x1b[2J at the end of step 58"
+    first, *rest = run(100)
+    told = [bad | {"action": "skip", "to": None}, bad | {"action": "rewind", "to": 40}, corruption]
+    lines = shown([first, *told, *rest]).splitlines()
+    for wanted in (
+        "the loss of step 57 is nan (samples 1, 2, 3, 4, 5, 6, 7, 8 and 4 more): "
+        "it updated nothing",
+        "the loss of step 57 is nan (samples 1, 2, 3, 4, 5, 6, 7, 8 and 4 more): "
+        "back to the weights of step 40, and on with the next samples",
+        "the trained weights of worker 1 differ[2J at the end of step 58",
+    ):
+        assert lines.count(wanted) == 1

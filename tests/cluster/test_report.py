@@ -459,3 +459,23 @@ def test_failed_draft_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == old
     assert sorted(p.name for p in tmp_path.iterdir()) == [NAME, "report.html"]
+
+
+def test_bad_steps_and_weights_are_told(tmp_path: Path) -> None:
+    """Of a step that a later session did again, what that one says."""
+    at = 1_763_800_000.0
+    bad = {"kind": "bad_step", "time": at, "loss": math.nan, "grad_norm": 1.0, "to": None}
+    first = bad | {"step": 7, "why": "the loss of step 7 is nan", "samples": [3, 1]}
+    again = bad | {"step": 9, "why": "the loss of step 9 is nan", "samples": [4]}
+    corruption = {"kind": "corruption", "time": at, "step": 10, "ranks": [1], "text": "1 <differs>"}
+    check = {"kind": "check", "time": at, "step": 5, "bytes": 540_000_000, "seconds": 0.5}
+    events = [*session(1, 10, 20, at), first | {"action": "skip"}, again | {"action": "skip"}]
+    events += [check, corruption, start(20, at + 100, resumed_from=8)]
+    events += [again | {"action": "rewind", "to": 4}, step(9, 20, at + 101, random.Random(0))]
+    text = Page(written(tmp_path, events)).text
+    assert "Step 7: the loss of step 7 is nan (samples 1, 3): it updated nothing" in text
+    assert text.count("the loss of step 9 is nan") == 1
+    assert "(samples 4): back to the weights of step 4, and on with the next samples" in text
+    assert "1 <differs>" in text
+    assert "Weights checked 1 times, 540 MB each" in text
+    assert "Bad steps" not in Page(written(tmp_path, whole_run())).text

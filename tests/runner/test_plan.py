@@ -420,7 +420,7 @@ KERNELS = {k for k in all_keys() if k.startswith("kernels.") and k != "kernels.c
 NO_NUMBERS = {
     "model.path", "data.train", "data.eval", "output_dir", "optim.micro_batch_size",
     *(key for key in all_keys() if key.split(".")[0] in
-      ("fleet", "checkpoint", "evaluation", "samples", "tracking")),
+      ("fleet", "checkpoint", "health", "evaluation", "samples", "tracking")),
     *KERNELS,
 }  # fmt: skip
 OTHER: dict[str, Any] = {
@@ -437,7 +437,8 @@ OTHER: dict[str, Any] = {
     "optim.learning_rate": 0.5, "optim.warmup_steps": 5, "fleet.zero_stage": 2,
     "fleet.gpus_per_worker": 0, "fleet.price_per_hour": 3.5, "fleet.offload_optimizer": True,
     "fleet.preemptible": True, "fleet.max_failures": 9, "tracking.sinks": ["wandb"],
-    "kernels.cpu_gemm": "int16",
+    "kernels.cpu_gemm": "int16", "health.on_bad_step": "stop", "health.window": 64,
+    "health.rewind_after": 4,
     **dict.fromkeys(KERNELS, "torch"),
 }  # fmt: skip
 """Another value for each key. Names that are not here get "x", counts 3."""
