@@ -62,7 +62,8 @@ def verdict(
     gone.
     """
     if not isinstance(error, WorkerError):
-        kind, rank = KINDS.get(type(error).__name__, "mistake"), None
+        kind = KINDS.get(type(error).__name__, "mistake")
+        rank = next(iter(getattr(error, "ranks", ())), None)
         if isinstance(error, CorruptionError) and len(error.ranks) == 1:
             (rank,) = error.ranks
     else:

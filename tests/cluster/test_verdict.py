@@ -16,6 +16,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 from trimpot.cluster.verdict import explain, verdict
 from trimpot.runner.errors import (
     ClusterError,
+    CorruptionError,
     SaveError,
     TrainError,
     TrimpotError,
@@ -124,12 +125,14 @@ def test_out_of_memory_is_known(error):
         (TrainError("the loss of step 3 is nan"), "mistake"),
         (SaveError("no space left"), "mistake"),
         (WorkerStorageError("/run: input/output error"), "storage"),
+        (CorruptionError("the trained weights of worker 1 differ", (1,)), "corruption"),
     ],
 )
 def test_our_own_error_is_raised_as_it_is(own: TrimpotError, kind):
     raised, failure = judged(group(r0=CLOSED, r1=own))
     assert (type(raised), str(raised)) == (type(own), str(own))
     assert failure.kind == kind
+    assert failure.node == ("b" if kind == "corruption" else None)
 
 
 def test_workers_that_could_not_start_in_time():
