@@ -26,6 +26,7 @@ from trimpot.cluster.policy import (
     choose_workers,
     decide,
     expected_hours_between_failures,
+    prior_hours,
     worth_growing,
 )
 from trimpot.cluster.rooms import Rooms
@@ -141,7 +142,7 @@ class Elastic:
         plan = for_workers(self.plan, workers) if workers != self.plan.world_size else self.plan
         section = plan.config.checkpoint
         hours = expected_hours_between_failures(
-            section.hours_between_failures,
+            prior_hours(section.hours_said, self.limits.preemptible),
             (time.monotonic() - self.began) / 3600,
             len(self.failures),
         )

@@ -79,9 +79,7 @@ def make_plan(
             "some"
         )
     steps = given.steps or _steps(config, found)
-    said = None
-    if config and "hours_between_failures" in config.checkpoint.model_fields_set:
-        said = config.checkpoint.hours_between_failures
+    said = config.checkpoint.hours_said if config else None
     job = Job(
         limits=limits,
         step_s=step_s,

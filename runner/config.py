@@ -284,10 +284,16 @@ class CheckpointSection(Section):
     """Optimizer steps between checkpoints; the last step always has one. auto: every √(2 · C · M)
     seconds, C what a save was measured to cost and M `hours_between_failures`."""
     hours_between_failures: Annotated[float, Field(gt=0)] = 24
-    """Mean time between failures of the whole run, for `every_steps: auto`; lower on machines that
-    may be taken away."""
+    """Mean time between failures of the whole run, for `every_steps: auto`, as expected before any
+    was met. Where `fleet.preemptible` is set and this is not, 4 are expected."""
     keep: Positive = 2
     """Checkpoints kept on disk, the newest ones."""
+
+    @property
+    def hours_said(self) -> float | None:
+        """hours_between_failures; None where it is only the default."""
+        said = "hours_between_failures" in self.model_fields_set
+        return self.hours_between_failures if said else None
 
 
 class HealthSection(Section):

@@ -13,8 +13,10 @@ from trimpot.cluster.policy import (
     choose_workers,
     decide,
     expected_hours_between_failures,
+    prior_hours,
     worth_growing,
 )
+from trimpot.runner.config import CheckpointSection
 
 LIMITS = Limits(1, 8, micro_batches=8)
 
@@ -104,3 +106,11 @@ def test_failures_shorten_what_is_expected():
     assert expected_hours_between_failures(24, 0, 0) == 24
     assert expected_hours_between_failures(24, 240, 0) == 264
     assert expected_hours_between_failures(24, 100, 99) == pytest.approx(1.24)
+
+
+def test_what_is_said_is_expected_and_else_less_where_nodes_may_go():
+    assert prior_hours(11, True) == prior_hours(11, False) == 11
+    assert prior_hours(None, False) == CheckpointSection().hours_between_failures == 24
+    assert prior_hours(None, True) == 4
+    assert CheckpointSection().hours_said is None
+    assert CheckpointSection(hours_between_failures=24).hours_said == 24
