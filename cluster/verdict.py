@@ -8,7 +8,7 @@ from typing import Any
 
 from trimpot.cluster.policy import Failure, Kind
 from trimpot.runner import errors
-from trimpot.runner.errors import ClusterError, CorruptionError, TrimpotError, WorkerError
+from trimpot.runner.errors import ClusterError, TrimpotError, WorkerError
 
 AFTERMATH = re.compile(r"connection (closed|reset)|broken pipe|gloo|nccl|store", re.IGNORECASE)
 """What the others say of a collective once one worker is gone."""
@@ -63,9 +63,8 @@ def verdict(
     """
     if not isinstance(error, WorkerError):
         kind = KINDS.get(type(error).__name__, "mistake")
-        rank = next(iter(getattr(error, "ranks", ())), None)
-        if isinstance(error, CorruptionError) and len(error.ranks) == 1:
-            (rank,) = error.ranks
+        suspects = getattr(error, "ranks", ())
+        rank = suspects[0] if len(suspects) == 1 else None
     else:
         assert error.__cause__ is not None
         rank, cause = _culprit(error.__cause__)

@@ -29,7 +29,7 @@ from trimpot.runner.replicas import fingerprint, odd_ones, weighted_sum
 def treat(world: int, folder: Path, jobs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """{name: [what each rank was told, and digests of its weights]} of runs with faults."""
     (folder / "jobs.json").write_text(json.dumps([{"stop": None, **job} for job in jobs]))
-    torchrun(world, HERE / "sick.py", folder / "told", folder / "jobs.json")
+    torchrun(world, HERE / "sick.py", folder / "told", folder / "jobs.json", timeout=900)
     ranks = [json.loads((folder / f"told.{rank}").read_text()) for rank in range(world)]
     return {job["name"]: [rank[job["name"]] for rank in ranks] for job in jobs}
 
@@ -178,17 +178,15 @@ def test_a_row_of_bad_steps_is_left_behind(model, tmp_path):
         run = runs[name]
         told = [(e["step"], e["action"], e["to"]) for e in of_kind(run, "bad_step")]
         assert told == [(10, "skip", None), (11, "skip", None), (12, "rewind", 8)], name
-        assert run["digests"]["13"] != run["digests"]["8"], name
+        assert run["digests"]["12"] == run["digests"]["8"] != run["digests"]["13"], name
         assert of_kind(run, "end") == [{"step": 14, "complete": True}], name
-        # What is saved right after the rewind is what was saved at step 8, and says so.
-        saved = state_of(tmp_path / name, 12)
-        assert saved["undone"] == [[9, 12]], name
+        (newest, *_) = list_checkpoints(tmp_path / name / "checkpoints")
+        manifest = json.loads((newest / "manifest.json").read_text())
+        assert (manifest["step"], manifest["health"]["undone"]) == (14, [[9, 12]]), name
         assert math.isfinite(losses_of(run)[13]), name
     for name in ("stopped-between", "stopped-before"):
         assert runs[name]["digests"] == row["digests"], name
-        assert of_kind(runs[name], "bad_step") == of_kind(row, "bad_step") or (
-            [e["step"] for e in of_kind(runs[name], "bad_step")] == [10, 11, 12]
-        ), name
+        assert [e["step"] for e in of_kind(runs[name], "bad_step")] == [10, 11, 12], name
     (error,) = of_kind(runs["endless"], "error")
     assert error["type"] == "TrainError"
     assert error["text"].startswith("the loss of step 11 is nan; samples [")
@@ -200,13 +198,6 @@ def test_a_row_of_bad_steps_is_left_behind(model, tmp_path):
     (error,) = of_kind(runs["strict"], "error")
     assert error["text"].startswith("the loss of step 6 is ")
     assert runs["strict"]["digests"]["6"] == runs["strict"]["digests"]["5"]
-
-
-def state_of(run: Path, step: int) -> dict[str, Any]:
-    """What a run's last checkpoint before the end says of its health."""
-    for path in list_checkpoints(run / "checkpoints"):
-        return json.loads((path / "manifest.json").read_text())["health"]
-    raise AssertionError(f"no checkpoint of {run} after step {step}")
 
 
 CHECKED = {"health": {"check_every": 3}, "checkpoint": {"every_steps": 4, "keep": 9}}
@@ -270,9 +261,12 @@ def judged(losses: np.ndarray, norms: np.ndarray, **section: Any) -> list[int]:
 
 
 def test_an_ordinary_curve_has_no_bad_step() -> None:
-    draw = np.random.default_rng(5)
+    draw, tight = np.random.default_rng(5), 0
     for _ in range(40):
-        assert judged(*curve(draw)) == []
+        losses, norms = curve(draw)
+        assert judged(losses, norms) == []
+        tight += len(judged(losses, norms, spike_threshold=3))
+    assert tight > 5  # they are noisy enough to raise alarms
 
 
 def test_a_divergence_is_found_where_it_begins() -> None:
