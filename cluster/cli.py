@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +15,9 @@ from trimpot.cluster.cli_bench import bench
 from trimpot.cluster.cli_simulate import simulate
 from trimpot.kernels.errors import KernelError
 from trimpot.runner.errors import ConfigError, TrimpotError
+from trimpot.runner.reading import check_contained
+from trimpot.runner.redact import log_to_stderr, redact
+from trimpot.runner.telemetry import telemetry_off
 
 app = typer.Typer(
     help="Fine-tune large pretrained models on a Ray cluster, or on this machine.",
@@ -242,6 +244,7 @@ def _existing_run(run: Path) -> Path:
     if not (run / "journal.jsonl").is_file():
         what = "has no journal.jsonl" if run.is_dir() else "is not there"
         raise ConfigError(f"{run} {what}; give the folder of a run (its output_dir)")
+    check_contained(run)
     return run.resolve()
 
 
@@ -257,16 +260,17 @@ UsageError: Any = typer.BadParameter.__base__
 
 def main() -> None:
     """Console script. Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    telemetry_off()
+    log_to_stderr("%(levelname)s %(name)s: %(message)s")
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except UsageError as error:
         if message := " ".join(error.format_message().split()):  # empty: help was asked for
             path = error.ctx.command_path if error.ctx else "trimpot"
-            typer.echo(f"error: {message.rstrip('.')}; see {path} --help", err=True)
+            typer.echo(redact(f"error: {message.rstrip('.')}; see {path} --help"), err=True)
         sys.exit(error.exit_code)
     except (TrimpotError, KernelError) as error:
-        typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+        typer.echo(redact(f"error: {' '.join(str(error).splitlines())}"), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from trimpot.runner.errors import UserError
+from trimpot.runner.reading import check_file
 
 NAME = "journal.jsonl"
 
 Event = dict[str, Any]
 
+MAX_TORN = 100
+"""Places in a damaged line at which an event is looked for."""
 _AHEAD_OF_START = ("phase", "warning")
 """What the driver writes of a session before its rank 0 writes the start."""
 
@@ -139,6 +142,7 @@ def read(run_dir: Path) -> list[Event]:
     """
     path = run_dir / NAME
     try:
+        check_file(path)
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
@@ -332,10 +336,12 @@ def _read_from(path: Path, offset: int) -> tuple[bytes, int]:
 def _event(line: bytes) -> Event | None:
     """The event of a line; of one that was appended to a torn line, the last; else None."""
     start = line.find(b"{")
-    while start >= 0:
+    for _ in range(MAX_TORN):
+        if start < 0:
+            break
         try:
             event = json.loads(line[start:])
-        except ValueError:
+        except (ValueError, RecursionError):
             start = line.find(b'{"', start + 1)
             continue
         return event if isinstance(event, dict) and isinstance(event.get("kind"), str) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import ipaddress
 import logging
 import os
 import secrets
@@ -19,6 +20,7 @@ from trimpot.cluster.rooms import worker_gpus
 from trimpot.cluster.verdict import explain
 from trimpot.runner.errors import ClusterError
 from trimpot.runner.plan.plan import plan_to_json
+from trimpot.runner.telemetry import OFF, telemetry_off
 from trimpot.runner.types import Plan
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ def secure_environment() -> dict[str, str]:
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
         # Ray makes workers nice (15): on full cores its own daemons then cut into every step
         # (2 workers on 2 cores, step time over torchrun's: 1.07 nice, 1.03 not).
         "RAY_worker_niceness": "0",
@@ -53,13 +55,10 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[Any]:
 
     Raises ClusterError where the address does not answer or refuses.
     """
+    telemetry_off()
     ours = secure_environment()
-    if address is not None and not takes_only_tokens(address, ours):
-        log.warning(
-            "the Ray cluster at %s takes jobs from whoever reaches it; "
-            "start it with RAY_AUTH_MODE=token on every node",
-            address,
-        )
+    open_to_all = address is not None and not takes_only_tokens(address, ours)
+    if open_to_all:
         ours["RAY_AUTH_MODE"] = "disabled"  # its workers would not send the token we would want
     os.environ |= ours
     import ray
@@ -68,10 +67,10 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[Any]:
     threading.Thread(target=importlib.import_module, args=["trimpot.cluster.ranks"]).start()
     with _one_line_errors(address):
         if address is not None:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             # "local": a cluster killed earlier leaves a file that would send us to its ghost.
-            ray.init(
+            context = ray.init(
                 address="local",
                 num_cpus=cpus,
                 include_dashboard=True,
@@ -81,9 +80,39 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[Any]:
                 object_store_memory=128 * 2**20,
             )
     try:
+        if open_to_all:
+            check_dashboard(address, context.dashboard_url)
+            log.warning(
+                "the Ray cluster at %s takes work from whoever reaches it; "
+                "start it with RAY_AUTH_MODE=token on every node",
+                address,
+            )
         yield ray
     finally:
         ray.shutdown()
+
+
+def check_dashboard(address: str | None, url: str | None) -> None:
+    """Whether the dashboard of a cluster without tokens, and with it its job API, is for its own
+    machine alone. `url`: host:port, or nothing where there is none. Raises ClusterError.
+
+    The job API runs any shell command that it is sent (CVE-2023-48022).
+    """
+    host = (url or "").removeprefix("http://").rpartition(":")[0].strip("[]")
+    if host and not is_loopback(host):
+        raise ClusterError(
+            f"the Ray cluster at {address} runs whatever is sent to its dashboard at {url}, by "
+            "whoever reaches that; start it with RAY_AUTH_MODE=token and one token file on every "
+            "node, or its dashboard with --dashboard-host=127.0.0.1"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this machine's, for itself alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @contextlib.contextmanager
@@ -198,7 +227,8 @@ def _fit(plan: Plan, local: bool) -> Any:
 
     fleet = plan.config.fleet
     gpus = worker_gpus(plan)
-    environment = {k: v for k, v in os.environ.items() if k in ("HF_HUB_OFFLINE", "HF_HOME")}
+    passed = ("HF_HUB_OFFLINE", "HF_HOME", *OFF)
+    environment = {k: v for k, v in os.environ.items() if k in passed}
     if fleet.network_interface:
         for library in ("GLOO", "NCCL"):
             environment[f"{library}_SOCKET_IFNAME"] = fleet.network_interface

@@ -5,7 +5,6 @@ Everything that can be wrong is found here, before Ray or torch is touched.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +24,13 @@ from trimpot.runner.hub import Tokenizer, fetch_model, model_facts
 from trimpot.runner.plan.facts import read_facts
 from trimpot.runner.plan.kernels import ATTENTION
 from trimpot.runner.plan.plan import make_plan, plan_to_json
+from trimpot.runner.reading import (
+    JSON_BYTES,
+    MANIFEST_BYTES,
+    check_contained,
+    parse_json,
+    read_bounded,
+)
 from trimpot.runner.types import Fleet, Plan, decides_numbers
 
 RUN_PARTS = (
@@ -66,7 +72,7 @@ def compiled_fill(plan: Plan) -> Fill | None:
     """How full rows and micro-batches are, where an earlier `train` has compiled this data."""
     run = Path(plan.run_dir)
     try:
-        before = json.loads((run / "plan.json").read_text(encoding="utf-8"))["config"]
+        before = parse_json(read_bounded(run / "plan.json", JSON_BYTES))["config"]
         before = Config.model_validate(before)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -133,6 +139,7 @@ def check_room(plan: Plan) -> None:
     run = Path(plan.run_dir)
     made = _make_folder(run)
     try:
+        check_contained(run)
         probe = run / ".writable"
         probe.write_bytes(b"trimpot")
         probe.unlink()
@@ -190,9 +197,9 @@ def check_same_run(run: Path, plan: Plan) -> None:
     if not path.is_file():
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["config"]
+        before = parse_json(read_bounded(path, JSON_BYTES))["config"]
         before = decides_numbers(Config.model_validate(before).model_dump(mode="json"))
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
             f"{path} is damaged; start over with --fresh, or choose another output_dir"
         ) from None
@@ -209,7 +216,7 @@ def check_same_data(run: Path, train: Compiled) -> None:
     """Raises CheckpointError where the newest checkpoint was trained on other data."""
     for path in sorted(run.glob("checkpoints/step-*/manifest.json"), reverse=True):
         try:
-            digest = json.loads(path.read_text(encoding="utf-8"))["data_digest"]
+            digest = parse_json(read_bounded(path, MANIFEST_BYTES))["data_digest"]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged: the workers will set it aside and say so
         if digest != train.digest:
@@ -256,6 +263,7 @@ def run_lock(run: Path) -> Iterator[None]:
     An error that leaves nothing in the directory leaves no directory that was not there before.
     """
     made = _make_folder(run)
+    check_contained(run)
     lock = FileLock(run / ".lock", timeout=0)
     try:
         lock.acquire()

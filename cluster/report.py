@@ -27,8 +27,8 @@ from trimpot.cluster.journal import (
     size,
 )
 from trimpot.cluster.plots import Line, Plot, draw, smooth, y_limits
-from trimpot.cluster.sinks import without_secrets
-from trimpot.runner.errors import StorageError
+from trimpot.runner.errors import StorageError, UserError
+from trimpot.runner.redact import redact, without_secrets
 
 NAME = "report.html"
 MAX_ROWS = 20
@@ -47,7 +47,15 @@ def write_report(run_dir: Path) -> Path:
 
     Raises UserError without a journal, StorageError where the file can't be written.
     """
-    page = render(history(read(run_dir)))
+    events = read(run_dir)
+    try:
+        page = render(history(events))
+    except Exception as error:  # its values may be of any kind; ours are not, as the tests say
+        fault = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"{run_dir}/journal.jsonl can't be told ({type(error).__name__}: {fault}); it is "
+            "damaged or of another program, and the run it is of is as it was"
+        ) from error
     path = run_dir / NAME
     draft = run_dir / f".{NAME}.{os.getpid()}"
     try:
@@ -82,7 +90,7 @@ def render(run: Run) -> str:
 def _without_controls(value: Any) -> Any:
     if hasattr(value, "__html__"):
         return value
-    return value.translate(_CONTROLS) if isinstance(value, str) else value
+    return redact(value).translate(_CONTROLS) if isinstance(value, str) else value
 
 
 def _content(run: Run) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import importlib.util
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 
 from trimpot.cluster.journal import Event
 from trimpot.runner.errors import UserError
+from trimpot.runner.redact import without_secrets
 
 QUEUE_EVENTS = 4096
 CLOSE_TIMEOUT_S = 15.0
@@ -343,21 +343,3 @@ def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         name = f"{above}{key}"
         values |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return values
-
-
-_SECRET = re.compile(
-    r"(^|_)(token|password|passwd|secret|api_?key|access_?key|credentials?)$", re.IGNORECASE
-)
-_LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
-
-
-def without_secrets(value: Any) -> Any:
-    """A copy of a config with passwords, tokens and logins in addresses blotted out."""
-    if isinstance(value, Mapping):
-        return {
-            key: "***" if item and _SECRET.search(str(key)) else without_secrets(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [without_secrets(item) for item in value]
-    return _LOGIN_IN_URL.sub("***@", value) if isinstance(value, str) else value

@@ -18,8 +18,9 @@ from trimpot.cluster.launch import ray_cluster
 from trimpot.cluster.prepare import check_inputs, check_room, draft_plan, prepare_run, run_lock
 from trimpot.cluster.sinks import Sinks, open_sinks
 from trimpot.runner.config import Config
-from trimpot.runner.errors import StorageError, TrimpotError
+from trimpot.runner.errors import TrimpotError, UserError
 from trimpot.runner.journal import FILE, Journal
+from trimpot.runner.redact import redact
 from trimpot.runner.types import Event, Plan
 
 INTERRUPTED = 130
@@ -201,7 +202,7 @@ class Watcher:
 
         text = "".join(traceback.format_exception(failure))
         with contextlib.suppress(OSError):  # a full disk may be what failed
-            (self.dir / "failure.log").write_text(text, encoding="utf-8")
+            (self.dir / "failure.log").write_text(redact(text), encoding="utf-8")
 
     def _end(self, status: str, step: int, error: str | None) -> journals.Run:
         history = journals.history(journals.read(self.dir))
@@ -220,7 +221,7 @@ class Watcher:
 
         try:
             write_report(self.dir)
-        except StorageError as failure:  # the run's own outcome is worth more
+        except UserError as failure:  # the run's own outcome is worth more
             self.warn(str(failure))
         self._watch(lambda: True)
         return journals.history(journals.read(self.dir))

@@ -32,12 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from trimpot.runner import durable
 from trimpot.runner.durable import Fingerprint
 from trimpot.runner.engine import Share, State
 from trimpot.runner.errors import CheckpointError, StorageError, TrainError
+from trimpot.runner.reading import MANIFEST_BYTES, parse_json, read_bounded
 from trimpot.runner.types import Checkpoint
 
 FORMAT = 2
@@ -271,8 +272,8 @@ def read_manifest(path: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
     `part` of `parts`: every so manieth file only, where several workers share the work.
     """
     try:
-        text = (path / MANIFEST).read_bytes().decode()
-        manifest = json.loads(text)
+        text = read_bounded(path / MANIFEST, MANIFEST_BYTES).decode()
+        manifest = parse_json(text)
         if manifest["format"] not in (1, FORMAT):
             raise CheckpointError(
                 f"checkpoint {path} has format {manifest['format']}, this version reads {FORMAT}; "
@@ -296,14 +297,15 @@ def read_manifest(path: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
     except OSError as error:
         name = Path(error.filename or path).name
         raise CheckpointError(f"checkpoint {path} lacks {name}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint {path} has a broken manifest: {error!r}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fault = repr(error).splitlines()[0][:200]
+        raise CheckpointError(f"checkpoint {path} has a broken manifest: {fault}") from None
     return manifest
 
 
 def _check_file(path: Path, name: str, wanted: Fingerprint) -> None:
-    if Path(name).name != name:
-        raise CheckpointError(f"checkpoint {path} names the file {name!r} outside itself")
+    if Path(name).name != name or not name.isprintable() or len(name.encode()) > 255:
+        raise CheckpointError(f"checkpoint {path} names the file {name[:80]!r} outside itself")
     if not (path / name).is_file() or (path / name).is_symlink():
         raise CheckpointError(f"checkpoint {path} lacks {name}")
     found = durable.fingerprint(path / name)
@@ -428,8 +430,11 @@ class Reader:
 def _as_checkpoint_error(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path} can't be read: {error}") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # its numbers may be any: OverflowError, RuntimeError of torch …
+        fault = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(f"checkpoint {path} can't be read: {fault}") from None
 
 
 def load_state(

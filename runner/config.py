@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from trimpot.runner.errors import ConfigError
+from trimpot.runner.redact import find_secret
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -35,6 +36,8 @@ def _one_line(text: str) -> str:
     longest = max(len(part.encode()) for part in text.split("/"))
     if longest > 255:
         raise ValueError(f"a name of {longest} bytes is in it; file systems take 255")
+    if len(text) > 4096:
+        raise ValueError(f"it has {len(text)} characters; paths have 4096 at most")
     return text
 
 
@@ -127,13 +130,13 @@ class DataSection(Section):
 
 
 class OptimSection(Section):
-    batch_size: Positive = 16
+    batch_size: Annotated[int, Field(gt=0, le=2**20)] = 16
     """Samples per optimizer step, over all workers and accumulation steps."""
     micro_batch_size: Positive | Auto = "auto"
     """Samples that one worker runs through the model at a time."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Times through the training data; parts of one are allowed."""
-    max_steps: Positive | None = None
+    max_steps: Annotated[int, Field(gt=0, le=10**9)] | None = None
     """Optimizer steps. Without this and epochs: one epoch."""
     learning_rate: Annotated[float, Field(gt=0, lt=10)] = 2e-4
     """The highest; `schedule` leads away from it."""
@@ -411,11 +414,24 @@ class Config(Section):
         return self
 
 
+MOST_FAULTS = 50
+"""That are described; a file can have 100,000 unknown keys."""
+COMMITS = ("model.revision",)
+"""Keys whose 40 hex digits are no secret."""
+
+
 def check_config(raw: dict[str, Any], source: str) -> Config:
+    if found := find_secret(raw, spare=COMMITS):
+        where, kind = found
+        raise ConfigError(
+            f"{source}: {where} looks like {kind}, and a run's settings are written into its "
+            "folder; take it out and set it in the environment, where trackers and the hub look"
+        )
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        faults = [_describe(fault) for fault in error.errors(include_url=False)]
+        first = error.errors(include_url=False, include_context=False)[:MOST_FAULTS]
+        faults = [_describe(fault) for fault in first]
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise ConfigError(f"{source}: " + "; ".join(_unique(faults)[:3]) + more) from None
 
@@ -426,18 +442,21 @@ def _unique(items: Iterable[str]) -> list[str]:
 
 def _describe(fault: Any) -> str:
     """One line of a pydantic error: where, what is, what was wanted."""
-    loc: tuple[Any, ...] = tuple(
+    given: tuple[Any, ...] = fault["loc"]
+    own = given[-1:] if fault["type"] in ("extra_forbidden", "invalid_key") else ()
+    # pydantic names the branches of a union on the way; a key that is unknown is the file's own.
+    loc = tuple(
         part
-        for part in fault["loc"]
-        if not (isinstance(part, str) and ("[" in part or "-" in part))
+        for part in given[: len(given) - len(own)]
+        if part not in ("int", "float", "constrained-int", "count", "range")
+        and not (isinstance(part, str) and ("[" in part or "-" in part))
     )
-    unions = ("int", "float", "constrained-int", "count", "range")
-    loc = tuple(part for part in loc if part not in unions)
-    where = ".".join(str(part) for part in loc)
+    loc += own
+    where = _cut(".".join(str(part) for part in loc))
     match fault["type"]:
         case "extra_forbidden":
             known = sorted(_keys_at(loc[:-1]))
-            close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.6)
+            close = difflib.get_close_matches(str(loc[-1])[:64], known, n=1, cutoff=0.6)
             elsewhere = [key for key in all_keys() if key.split(".")[-1] == str(loc[-1])]
             hint = (
                 f"did you mean {elsewhere[0]}?"
@@ -463,7 +482,13 @@ def _describe(fault: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"a number of {value.bit_length()} bits"
+    return _cut(json.dumps(value, default=str, ensure_ascii=False))
+
+
+def _cut(text: str) -> str:
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:120])
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -232,7 +232,8 @@ def _save(model: torch.nn.Module, tokenizer: hub.Tokenizer, trained: Trained, fo
             raise ExportError(f"transformers can't save this model: {error}") from error
     # Copied, not saved anew: these are the files that the run's tokens were made with.
     for path in base.iterdir():
-        if path.name in TOKENIZER_FILES or path.name.upper().startswith(("LICENSE", "NOTICE")):
+        wanted = path.name in TOKENIZER_FILES or path.name.upper().startswith(("LICENSE", "NOTICE"))
+        if wanted and _of_the_model(path, base):
             shutil.copyfile(path, folder / path.name)
     template = trained.plan.config.data.chat_template
     if template is not None:
@@ -241,6 +242,13 @@ def _save(model: torch.nn.Module, tokenizer: hub.Tokenizer, trained: Trained, fo
         settings.pop("chat_template", None)
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _of_the_model(path: Path, base: Path) -> bool:
+    """Whether it is a file of the model's own: a link may lead to any file of whoever exports,
+    and what is exported is given away. The hub's cache has links from snapshots/x to blobs."""
+    top = base.parent.parent if base.parent.name == "snapshots" else base
+    return path.is_file() and path.resolve().is_relative_to(top.resolve())
 
 
 def _check_weights(

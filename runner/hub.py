@@ -16,13 +16,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimpot.runner.data.templates import Message, Render
+from trimpot.runner.data.sandbox import Sandbox
+from trimpot.runner.data.templates import Render
 from trimpot.runner.errors import ModelError, StorageError
-from trimpot.runner.plan.facts import ModelFacts, facts_from, read_facts
+from trimpot.runner.gguf_header import check_gguf
+from trimpot.runner.plan.facts import (
+    ModelFacts,
+    check_whole,
+    facts_from,
+    read_facts,
+    read_json,
+)
+from trimpot.runner.reading import parse_json, read_bounded
 
 if TYPE_CHECKING:
     import torch
 
+TOKENIZER_BYTES = 128 * 2**20
+"""Of a tokenizer's file; Gemma's have 33 MB."""
+TOKENIZER_JSON = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+GROWTH = 64
+"""Characters or tokens that a tokenizer may make of one."""
+PROBE = "What does `textwrap.dedent` do?\n Größe 東京 12,5 % aaaaaaaa"
 HUB_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 
@@ -34,19 +51,23 @@ class Tokenizer:
         # AutoTokenizer imports torch (2 s); tokenizer.json needs nothing but this class (0.6 s).
         from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
-        if not (folder / "tokenizer.json").is_file():
+        if not (folder / "tokenizer.json").exists():
             raise ModelError(
                 f"{folder}/tokenizer.json is not there; save the model's fast tokenizer beside it"
             )
-        with quiet():
-            try:
-                self.inner = PreTrainedTokenizerFast.from_pretrained(str(folder))
-            except (ValueError, KeyError, TypeError, OSError) as error:
-                raise ModelError(f"{folder} has no usable tokenizer: {_line(error)}") from None
-        if self.inner.eos_token is None:
-            raise ModelError(
-                f"the tokenizer in {folder} names no eos_token; set it in tokenizer_config.json"
-            )
+        with quiet(), _as_model_error(f"{folder} has no usable tokenizer"):
+            for name in TOKENIZER_JSON:
+                if (path := folder / name).exists():
+                    said = parse_json(read_bounded(path, TOKENIZER_BYTES))
+                    if name == "tokenizer.json":
+                        _check_parts(said)
+            self.inner = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+            if type(self.inner.eos_token) is not str:
+                raise ModelError(
+                    f"the tokenizer in {folder} names no eos_token; set it in tokenizer_config.json"
+                )
+            if len(made := self.inner(PROBE, verbose=False)["input_ids"]) > GROWTH * len(PROBE):
+                raise ValueError(f"it makes {len(made)} tokens of {len(PROBE)} characters")
         self.folder = folder
 
     @property
@@ -62,23 +83,17 @@ class Tokenizer:
 
     def renderer(self, template: str | None) -> Render | None:
         """Renders conversations with `template`, or the tokenizer's own; None without one."""
-        if template is None and self.inner.chat_template is None:
-            return None
-
-        def render(messages: list[Message], add_generation_prompt: bool) -> str:
-            import jinja2
-
-            try:
-                return self.inner.apply_chat_template(
-                    messages,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
+        chosen = template if template is not None else self.inner.chat_template
+        if isinstance(chosen, dict):  # several by name
+            chosen = chosen.get("default")
+            if chosen is None:
+                raise ModelError(
+                    f"the tokenizer in {self.folder} has several chat templates and no default; "
+                    "set data.chat_template"
                 )
-            except (jinja2.TemplateError, TypeError, KeyError) as error:
-                raise ValueError(_line(error)) from None
-
-        return render
+        if chosen is None:
+            return None
+        return Sandbox(chosen, self.inner.special_tokens_map).render
 
     def encode(
         self, texts: Sequence[str], special: bool
@@ -91,6 +106,66 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.inner.decode(list(ids), skip_special_tokens=True)
+
+
+def _check_parts(said: Any) -> None:
+    """Whether what a tokenizer.json describes leaves texts about as long as they are: some
+    replacements in a row double them each. Raises ValueError, before any of it is run."""
+    growth, todo = 1.0, [said.get("normalizer"), said.get("post_processor")]
+    while todo:
+        part = todo.pop()
+        if not isinstance(part, dict):
+            continue
+        todo += part.get("normalizers") or part.get("processors") or []
+        kind = part.get("type")
+        if kind == "Prepend":
+            growth *= max(1, len(part["prepend"]) / GROWTH)
+        elif kind == "Replace":
+            replaced = part["pattern"].get("String", "x")
+            growth *= max(1, len(part["content"]) / max(1, len(replaced)))
+        elif kind == "TemplateProcessing":
+            growth *= max(1, len(part["single"]) / GROWTH)
+    if growth > GROWTH:
+        raise ValueError(f"it makes texts over {GROWTH} times as long as they are")
+
+
+@contextmanager
+def _as_model_error(what: str) -> Iterator[None]:
+    """Whatever a library says of a file of others: those can break it in any way there is."""
+    with _no_panics():
+        try:
+            yield
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(f"{what}: {_line(error)}") from error
+
+
+@contextmanager
+def _no_panics() -> Iterator[None]:
+    """A panic of Rust code, which is no Exception and has told all of itself, as a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(_line(error)) from None
+
+
+def check_code(folder: Path) -> None:
+    """Whether transformers has the model's code itself. What a model brings along is never run:
+    not asked for, not here, not at any revision. Raises ModelError."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind in CONFIG_MAPPING_NAMES:
+        return
+    brings = "brings code of its own (auto_map)" if "auto_map" in config else "has no code here"
+    raise ModelError(
+        f"{folder} is of model_type {str(kind)[:60]!r}, which {brings}, and only transformers' own "
+        "is run; take a model that it has, or a newer transformers"
+    )
 
 
 def find_model(path: str, revision: str | None) -> Path | None:
@@ -128,7 +203,7 @@ def _has_weights(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return (folder / "model.safetensors").is_file()
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    shards = set(read_json(index).get("weight_map", {}).values())
     return all((folder / shard).is_file() for shard in shards)
 
 
@@ -170,9 +245,7 @@ def model_facts(path: str, revision: str | None) -> ModelFacts:
     from huggingface_hub import HfApi, hf_hub_download
 
     with _hub_errors(path):
-        config = json.loads(
-            Path(hf_hub_download(path, "config.json", revision=revision)).read_text()
-        )
+        config = read_json(Path(hf_hub_download(path, "config.json", revision=revision)))
         if config.get("quantization_config"):  # the headers alone do not say the shapes
             return read_facts(fetch_model(path, revision))
         files = HfApi().get_safetensors_metadata(path, revision=revision).files_metadata
@@ -187,27 +260,25 @@ def load_causal_lm(
 
     `deepspeed`: a ZeRO-3 config, under which each worker builds only its share.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    check_whole(folder)
+    check_code(folder)
     holder = None
     if deepspeed is not None:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         # Must live while the model is built: collected early, sharded loading turns itself off.
         holder = HfDeepSpeedConfig(deepspeed)
-    with quiet():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation=attention,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-        except (ValueError, OSError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"{folder} can't be loaded for causal_lm: {_line(error)}") from error
+    with quiet(), _as_model_error(f"{folder} can't be loaded for causal_lm"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
     del holder
     model.config.use_cache = False
     return model.train()
@@ -218,15 +289,14 @@ def empty_causal_lm(folder: Path) -> torch.nn.Module:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            if hasattr(config, "quantization_config"):
-                delattr(config, "quantization_config")  # its weights are ours to read
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config)
-        except (ValueError, OSError, KeyError, ImportError, RuntimeError) as error:
-            raise ModelError(f"{folder} can't be loaded for causal_lm: {_line(error)}") from error
+    check_code(folder)
+    with quiet(), _as_model_error(f"{folder} can't be loaded for causal_lm"):
+        # trust_remote_code: where nothing is said, transformers asks whoever sits at a terminal.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            delattr(config, "quantization_config")  # its weights are ours to read
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def fill_causal_lm(
@@ -240,19 +310,18 @@ def fill_causal_lm(
     """As load_causal_lm, of what `empty_causal_lm` gave, with these tensors for the folder's."""
     from transformers import GenerationConfig
 
-    with quiet():
-        try:
-            model = type(empty).from_pretrained(
-                None,
-                config=empty.config,
-                state_dict=tensors,
-                dtype=dtype,
-                attn_implementation=attention,
+    with quiet(), _as_model_error(f"{folder} can't be loaded for causal_lm"):
+        model = type(empty).from_pretrained(
+            None,
+            config=empty.config,
+            state_dict=tensors,
+            dtype=dtype,
+            attn_implementation=attention,
+        )
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(
+                folder, local_files_only=True
             )
-            if (folder / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(folder)
-        except (ValueError, OSError, KeyError, ImportError, RuntimeError) as error:
-            raise ModelError(f"{folder} can't be loaded for causal_lm: {_line(error)}") from error
     model.config.use_cache = False
     return model.train()
 
@@ -327,16 +396,19 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with _silent():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        with _as_model_error(f"{gguf} can't be converted"):
+            check_gguf(gguf)
+            tokenizer = AutoTokenizer.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
+            )
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
+                local_files_only=True,
+                trust_remote_code=False,
             ).eval()
-        except (ValueError, KeyError, TypeError, ImportError, OSError, RuntimeError) as error:
-            raise ModelError(f"{gguf} can't be converted: {_line(error)}") from error
         if hasattr(model.config, "quantization_config"):
             delattr(model.config, "quantization_config")  # the weights are dense from here on
         tokenizer.model_max_length = model.config.max_position_embeddings
@@ -367,15 +439,16 @@ def _check_converted(model: Any, tokenizer: Any, gguf: Path) -> None:
     if end != model.generation_config.eos_token_id:
         raise ModelError(f"{gguf} names two end-of-text tokens; its tokenizer and model must agree")
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
+    template = Sandbox(tokenizer.chat_template, tokenizer.special_tokens_map)
+    with _as_model_error(f"{gguf}: its chat template fails"):
+        text = template.render(turns, False).rstrip()
+        question = template.render(turns[:1], True)
     if tokenizer(text, add_special_tokens=False).input_ids[-1] != end:
         raise ModelError(f"{gguf}: its chat template ends a turn without {tokenizer.eos_token}")
     ids = tokenizer(REPEATED, return_tensors="pt").input_ids
     with torch.inference_mode():
         loss = model(input_ids=ids, labels=ids).loss.item()
-        prompt = tokenizer.apply_chat_template(
-            turns[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        prompt = tokenizer(question, add_special_tokens=False, return_tensors="pt")
         answer = model.generate(**prompt, max_new_tokens=4, do_sample=False)
     chance = math.log(model.config.vocab_size)
     if not loss < 0.3 * chance or answer.shape[1] <= prompt["input_ids"].shape[1]:

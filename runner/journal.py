@@ -8,6 +8,7 @@ import logging
 import time
 from pathlib import Path
 
+from trimpot.runner.redact import redacted
 from trimpot.runner.types import Event, StepReport
 
 FILE = "journal.jsonl"
@@ -31,7 +32,7 @@ class Journal:
             values = {"kind": "step", **dataclasses.asdict(event)}
         else:
             values = {"kind": event.kind, **event.values}
-        line = json.dumps({"time": time.time(), **values}, default=str)
+        line = json.dumps(redacted({"time": time.time(), **values}), default=str)
         if self.lost:  # the first newline ends what may stand there of the line that failed
             text = f"{self.lost} lines were lost here: {self.path} could not be written"
             warning = {"time": time.time(), "kind": "warning", "text": text}

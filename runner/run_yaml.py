@@ -11,16 +11,40 @@ import yaml
 
 from trimpot.runner.config import Config, check_config
 from trimpot.runner.errors import ConfigError
+from trimpot.runner.reading import read_bounded
+
+MAX_BYTES = 128 * 2**10
+"""Of a run.yaml; the longest chat templates have 20 kB. PyYAML reads 0.3 MB a second."""
+MAX_NODES, MAX_DEPTH = 5000, 12
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML without duplicate keys and without aliases (an alias bomb is 1 kB that fills memory)."""
+    """YAML without duplicate keys and without aliases (an alias bomb is 1 kB that fills memory),
+    and no more of it than a run.yaml can have."""
+
+    nodes = depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
             mark: Any = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", mark)  # pyright: ignore[reportUnknownArgumentType]
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        self.nodes += 1
+        self.depth += 1
+        if self.nodes > MAX_NODES or self.depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            what = "nested too deeply" if self.depth > MAX_DEPTH else f"over {MAX_NODES} values"
+            raise yaml.constructor.ConstructorError(None, None, what, mark)  # pyright: ignore[reportUnknownArgumentType]
+        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+        # What is tagged, or looks like, a date or a number, and is none.
+        except (ValueError, KeyError, OverflowError, AttributeError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            raise yaml.constructor.ConstructorError(None, None, why, node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -60,7 +84,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, MAX_BYTES).decode()
     except FileNotFoundError:
         raise ConfigError(
             f"{path} is not there; give the path of a run.yaml, or write one with `trimpot init`"
@@ -72,22 +96,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text; a run.yaml is wanted") from None
     except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror}") from None
-    try:
-        raw = yaml.load(text, _UniqueKeyLoader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {_yaml_fault(error)}") from None
-    except RecursionError:
-        raise ConfigError(f"{path} is nested too deeply; a run.yaml has two levels") from None
+        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from None
+    raw = _parsed(text, f"{path} is not valid YAML")
     if not isinstance(raw, dict):
         kind = "empty" if raw is None else f"a {type(raw).__name__}"
         raise ConfigError(f"{path} is {kind}; a mapping with model, data, output_dir is wanted")
     return raw  # pyright: ignore[reportUnknownVariableType]
 
 
+def _parsed(text: str, what: str) -> Any:
+    """Raises ConfigError that begins with `what`."""
+    try:
+        return yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what}: {_yaml_fault(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{what}: nested too deeply; a run.yaml has two levels") from None
+    except (ValueError, OverflowError) as error:  # of the scanner: an escape for no character
+        raise ConfigError(f"{what}: {error}") from None
+
+
 def _yaml_fault(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    problem = str(getattr(error, "problem", None) or str(error).splitlines()[0])[:200]
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     return f"{where}{problem}"
 
@@ -131,18 +162,18 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """`optim.learning_rate=1e-4` → raw["optim"]["learning_rate"] = 0.0001, in place."""
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
+    shown = repr(override if len(override) <= 100 else f"{override[:97]}...")
     if not equals or not all(names):
-        raise ConfigError(f"{override!r} is no override; write it as section.key=value")
-    try:
-        value = yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of {override!r} is not valid: {_yaml_fault(error)}") from None
+        raise ConfigError(f"{shown} is no override; write it as section.key=value")
+    if len(names) > MAX_DEPTH or len(override) > MAX_BYTES:
+        raise ConfigError(f"{shown} is too long; a key has two parts: section.key=value")
+    value = _parsed(text, f"the value of {shown} is not valid")
     holder: dict[str, Any] = raw
     for depth, name in enumerate(names[:-1]):
         inner = holder.setdefault(name, {})
         if not isinstance(inner, dict):
             above = ".".join(names[: depth + 1])
-            raise ConfigError(f"{override!r} goes into {above}, which is a value, not a section")
+            raise ConfigError(f"{shown} goes into {above}, which is a value, not a section")
         holder = inner  # pyright: ignore[reportUnknownVariableType]
     holder[names[-1]] = value
     if (tuple(names[:-1]) or (None,), names[-1]) in {((s,), k) for s, k in PATH_KEYS}:

@@ -47,7 +47,10 @@ from trimpot.runner.model import (
     kernels_of,
 )
 from trimpot.runner.plan.plan import plan_from_json
+from trimpot.runner.reading import JSON_BYTES, read_bounded
+from trimpot.runner.redact import log_to_stderr
 from trimpot.runner.session import Report, Session
+from trimpot.runner.telemetry import telemetry_off
 from trimpot.runner.types import NODE, Checkpoint, Event, Plan
 
 VERSIONS = ("trimpot", "torch", "deepspeed", "transformers", "ray", "numpy", "safetensors")
@@ -283,8 +286,31 @@ def _stop_signals() -> Callable[[], bool]:
     return lambda: bool(came)
 
 
+def _own_plan(path: Path) -> str:
+    """The text of RUN/plan.json. One that was copied here from another run would be trained there.
+
+    Raises CheckpointError, FileNotFoundError.
+    """
+    try:
+        raw = read_bounded(path, JSON_BYTES).decode()
+        plan = plan_from_json(raw)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, TrimpotError) as error:
+        fault = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} is no plan ({fault}); give the plan.json that `trimpot train` wrote"
+        ) from None
+    if Path(plan.run_dir).resolve() != path.resolve().parent:
+        raise CheckpointError(
+            f"{path} is of the run in {plan.run_dir}; give that run's own plan.json"
+        )
+    return raw
+
+
 def main() -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    telemetry_off()
+    log_to_stderr("%(message)s")
     if len(sys.argv) != 2:
         log.error("usage: python -m trimpot.runner.worker RUN/plan.json")
         return 2
@@ -293,7 +319,7 @@ def main() -> int:
     try:
         path = Path(sys.argv[1])
         asked = _stop_signals()
-        result = run_worker(path.read_text(encoding="utf-8"), time.time(), asked=asked)
+        result = run_worker(_own_plan(path), time.time(), asked=asked)
     except FileNotFoundError as error:
         log.error("%s is not there", error.filename)
         return DataError.exit_code

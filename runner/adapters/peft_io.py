@@ -18,6 +18,7 @@ from torch import nn
 from trimpot.runner.adapters.lora import add_lora
 from trimpot.runner.config import AdapterSection
 from trimpot.runner.errors import CheckpointError
+from trimpot.runner.reading import JSON_BYTES, parse_json, read_bounded
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -95,7 +96,7 @@ def read_adapter(folder: Path) -> tuple[AdapterSection, dict[str, torch.Tensor]]
     Reads plain LoRA, by whomever it was written. Raises CheckpointError.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = parse_json(read_bounded(folder / CONFIG, JSON_BYTES))
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} holds no readable PEFT adapter: {error}") from None

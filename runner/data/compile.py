@@ -28,10 +28,13 @@ from trimpot.runner.config import DataSection
 from trimpot.runner.data.sources import read_rows, source_digest
 from trimpot.runner.data.templates import Example, Render, detect_format, make_example
 from trimpot.runner.errors import DataError, StorageError
+from trimpot.runner.redact import redact
 
 FORMAT = 2
 """Raised when what is compiled from the same rows changes."""
 CHUNK = 1024
+CHARACTERS_PER_TOKEN = 256
+"""More than any text has on average: the longest tokens of vocabularies have 128, all spaces."""
 Encoded = tuple[list[int], list[tuple[int, int]]]
 """(token ids, [start, end) characters of each)."""
 
@@ -156,15 +159,20 @@ def _tokenise(
             make_example(data, form, row, f"{path} row {start + i}", render, tokenizer.end)
             for i, row in enumerate(rows[start : start + CHUNK], 1)
         ]
-        encoded = tokenizer.encode([e.text for e in examples], special=render is None)
+        # What is certainly too long is not tokenised whole: a token takes 300 bytes on the way.
+        most = CHARACTERS_PER_TOKEN * data.max_length
+        texts = [e.text[:most] for e in examples]
+        encoded = tokenizer.encode(texts, special=render is None)
         for number, (example, (tokens, offsets)) in enumerate(
             zip(examples, encoded, strict=True), start + 1
         ):
-            if len(tokens) > data.max_length:
+            if len(tokens) > data.max_length or len(example.text) > most:
                 if data.overlong == "error":
+                    at_least = "at least " if len(example.text) > most else ""
                     raise DataError(
-                        f"{path} row {number} has {len(tokens)} tokens, over data.max_length "
-                        f"{data.max_length}; raise it, or set data.overlong to truncate or drop"
+                        f"{path} row {number} has {at_least}{len(tokens)} tokens, over "
+                        f"data.max_length {data.max_length}; raise it, or set data.overlong to "
+                        "truncate or drop"
                     )
                 dropped += data.overlong == "drop"
                 truncated += data.overlong == "truncate"
@@ -272,7 +280,7 @@ def _finish(part: _Tokens, data: DataSection, notes: list[str], shown: list[Aske
         part.form,
         tuple(notes),
         tuple(
-            (part.tokens[part.documents[i] :][:asked].tolist(), question, answer)
+            (part.tokens[part.documents[i] :][:asked].tolist(), redact(question), redact(answer))
             for i, (asked, question, answer) in enumerate(shown)
         ),
     )

@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from trimpot.runner.errors import DataError
+from trimpot.runner.reading import JSON_BYTES, check_file, parse_json, read_bounded
 
 Row = dict[str, Any]
-MAX_FIELD = 2**31 - 1
-"""Characters of one CSV field; the csv module's own limit of 131,072 is less than a book."""
+MAX_ROW_BYTES = 8 * 2**20
+"""Of one row. A long book has 3 MiB; the csv module's own limit of 131,072 is less than one."""
+EXPANSION, LEAST_BYTES = 1000, 96 * 2**20
+"""A compressed file may grow so many times in memory, and to so much in any case: a few kB can
+stand for terabytes, and real text under the best of compressors grows 20 times."""
+BATCH_ROWS = 256
 KINDS = ".jsonl, .json, .parquet, .csv, or a folder saved by datasets' save_to_disk"
 
 
@@ -34,8 +39,14 @@ def read_rows(path: Path, most: int | None = None) -> list[Row]:
 
 def check_source(path: Path) -> None:
     """Whether there is something at `path` that read_rows could read; cheap."""
-    if not path.exists():
-        raise DataError(f"{path} is not there; wanted: {KINDS}")
+    try:
+        if not path.exists():
+            raise DataError(f"{path} is not there; wanted: {KINDS}")
+        if not path.is_dir():
+            check_file(path)
+    except (OSError, ValueError) as error:  # a name that no file can have; a circle of links
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} can't be read: {why}; wanted: {KINDS}") from None
     _reader(path)
 
 
@@ -75,9 +86,18 @@ def _reader(path: Path) -> Iterator[Row]:
 
 def _jsonl(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number in itertools.count(1):
+            line = file.readline(MAX_ROW_BYTES + 1)
+            if not line:
+                return
+            if len(line) > MAX_ROW_BYTES:
+                raise _too_large(f"{path} line {number}")
             if line.strip():
                 yield _row(_parse(line, f"{path} line {number}"), f"{path} line {number}")
+
+
+def _too_large(where: str) -> DataError:
+    return DataError(f"{where} has over {MAX_ROW_BYTES >> 20} MiB; split it into several rows")
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -107,7 +127,7 @@ def _row(value: Any, where: str) -> Row:
 
 def _csv(path: Path) -> Iterator[Row]:
     # utf-8-sig: spreadsheets write a byte order mark, which would join the first column's name.
-    csv.field_size_limit(MAX_FIELD)
+    csv.field_size_limit(MAX_ROW_BYTES)
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -129,21 +149,123 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        with path.open("rb") as file:
-            table = pyarrow.parquet.read_table(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        with path.open("rb") as opened, pyarrow.parquet.ParquetFile(opened) as file:
+            _check_groups(path, file.metadata)
+            flat = [f.name for f in file.schema_arrow if pyarrow.types.is_string(f.type)]
+        # As they are in the file, each word once: a row's are made when it is looked at.
+        with path.open("rb") as opened:
+            file = pyarrow.parquet.ParquetFile(opened, read_dictionary=flat)
+            batches = file.iter_batches(BATCH_ROWS)
+            yield from _within(path, _one_by_one(batches))
+    except DataError:
+        raise
+    except OSError as error:
+        if error.errno is not None:
             raise  # the disk's fault, not the file's
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path} is not valid Parquet: {reason}") from None
-    yield from table.to_pylist()
+        raise _no_parquet(path, error) from None
+    except Exception as error:  # a file of others can break its reader in any way there is
+        raise _no_parquet(path, error) from None
+
+
+def _one_by_one(batches: Any) -> Iterator[Row]:
+    for batch in batches:
+        for number in range(batch.num_rows):
+            yield batch.slice(number, 1).to_pylist()[0]
+
+
+def _no_parquet(path: Path, error: Exception) -> DataError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return DataError(f"{path} is not valid Parquet: {reason}")
+
+
+def _check_groups(path: Path, metadata: Any) -> None:
+    """Whether what a Parquet file says of itself is within reason. Raises DataError."""
+    most = _most_bytes(path)
+    whole = 64 * metadata.num_rows
+    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+        sizes = [group.column(i).total_uncompressed_size for i in range(group.num_columns)]
+        if any(size > MAX_ROW_BYTES * max(1, group.num_rows) for size in sizes):
+            raise _too_large(f"a row of {path}")
+        whole += sum(sizes)
+    if whole > most:
+        raise _a_bomb(path, most)
+
+
+def _most_bytes(path: Path) -> int:
+    files = [path] if path.is_file() else [p for p in path.iterdir() if p.is_file()]
+    return max(LEAST_BYTES, EXPANSION * sum(file.stat().st_size for file in files))
+
+
+def _a_bomb(path: Path, most: int) -> DataError:
+    return DataError(
+        f"{path} expands to over {most >> 20} MiB, {EXPANSION} times its size or more, which no "
+        "text does; save it as JSONL"
+    )
+
+
+def _within(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, as long as they take no more memory than such a file may. Raises DataError."""
+    most, taken = _most_bytes(path), 0
+    for number, row in enumerate(rows, 1):
+        size = _size(row)
+        taken += size
+        if size > MAX_ROW_BYTES:
+            raise _too_large(f"{path} row {number}")
+        if taken > most:
+            raise _a_bomb(path, most)
+        yield row
+
+
+def _size(row: Any) -> int:
+    """Bytes that a row takes, about."""
+    size, todo = 0, [row]
+    while todo:
+        value = todo.pop()
+        size += 64
+        if isinstance(value, str | bytes):
+            size += len(value)
+        elif isinstance(value, dict):
+            todo += value.values()
+            size += 200
+        elif isinstance(value, list):
+            todo += value
+    return size
 
 
 def _saved_dataset(path: Path) -> Iterator[Row]:
     import datasets
 
     try:
-        yield from datasets.Dataset.load_from_disk(str(path)).to_list()
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        _check_saved(path)
+        saved = datasets.Dataset.load_from_disk(str(path)).with_format(None)
+        yield from _within(path, _rows_of(saved))
+    except DataError:
+        raise
+    except Exception as error:  # a file of others can break its reader in any way there is
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise DataError(f"{path} can't be opened by datasets: {reason}") from None
+
+
+def _rows_of(saved: Any) -> Iterator[Row]:
+    for columns in saved.iter(BATCH_ROWS):
+        names = list(columns)
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(names, values, strict=True))
+
+
+def _check_saved(path: Path) -> None:
+    """Whether a saved data set is made of the files in its folder. Raises DataError, ValueError."""
+    for name in ("dataset_info.json", "state.json"):
+        said = parse_json(read_bounded(path / name, JSON_BYTES))
+        if not isinstance(said, dict):
+            raise ValueError(f"{name} holds no JSON object")
+    files = said.get("_data_files")
+    if not isinstance(files, list) or not files:
+        raise ValueError("state.json names no files")
+    for entry in files:
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".arrow"):
+            raise DataError(
+                f"{path}/state.json names {str(name)[:60]!r} for data; save the data set again"
+            )
+        check_file(path / name)

@@ -8,6 +8,7 @@ all zero, and a run then trains on nothing).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from trimpot.runner.config import DataSection
 from trimpot.runner.data.sources import Row
 from trimpot.runner.errors import DataError
 
+MAX_TURNS = 1000
+"""Each is found by rendering what comes before it, so time grows with their square: 1 s at 1000."""
 Message = dict[str, Any]
 Render = Callable[[list[Message], bool], str]
 """(messages, add_generation_prompt) → text. Raises ValueError with the template's complaint."""
@@ -48,9 +51,14 @@ def detect_format(data: DataSection, row: Row, where: str) -> str:
             return form
     needs = " or ".join(" + ".join(columns[form]) for form in wanted)
     raise DataError(
-        f"{where} has the columns {', '.join(map(str, row)) or '(none)'}; wanted: {needs} "
+        f"{where} has the columns {_shown(row) or '(none)'}; wanted: {needs} "
         "(set data.prompt_column and its like where they have other names)"
     )
+
+
+def _shown(row: Row) -> str:
+    names = [str(name)[:40] for name in itertools.islice(row, 12)]
+    return ", ".join(names) + (f" and {len(row) - 12} more" if len(row) > 12 else "")
 
 
 def make_example(
@@ -88,6 +96,11 @@ def _from_messages(messages: list[Message], render: Render, where: str) -> Examp
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise DataError(f"{where} has no assistant message; there is nothing to train on")
+    if len(turns) > MAX_TURNS:
+        raise DataError(
+            f"{where} has {len(turns)} assistant messages; {MAX_TURNS} at most are told apart, "
+            "split the conversation"
+        )
     try:
         # Messages after the last answer train nothing and would only cost time.
         text = render(messages[: turns[-1] + 1], False)

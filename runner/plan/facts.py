@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -12,8 +13,16 @@ from typing import Any
 
 from trimpot.runner.errors import ModelError
 from trimpot.runner.plan.nf4_files import STATE, quantization_of, unpacked
+from trimpot.runner.reading import JSON_BYTES, parse_json, read_bounded
 
 MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors itself sets
+LARGEST = {
+    "num_hidden_layers": 4096, "n_layer": 4096, "num_layers": 4096,
+    "max_position_embeddings": 1 << 40, "n_positions": 1 << 40,
+}  # fmt: skip
+LARGEST_SIZE = 1 << 24
+"""Of any other size in a config.json; vocabularies have 262,144. What builds a model of absurd
+sizes takes all memory before it meets weights that have others."""
 CONV1D = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "gpt2", "openai-gpt")
 """Architectures whose layers are transformers' Conv1D, which is no nn.Linear."""
 ROUTERS = ("gate", "router")
@@ -75,7 +84,19 @@ class ModelFacts:
 
 def read_facts(folder: Path) -> ModelFacts:
     """Facts of the model in a local folder. Raises ModelError."""
-    return facts_from(_read_json(folder / "config.json"), read_shapes(folder), str(folder))
+    check_whole(folder)
+    return facts_from(read_json(folder / "config.json"), read_shapes(folder), str(folder))
+
+
+def check_whole(folder: Path) -> None:
+    """Whether a folder holds a model. transformers takes one with an adapter_config.json for an
+    adapter, and loads the model that this names, wherever that is. Raises ModelError."""
+    path = folder / "adapter_config.json"
+    if os.path.lexists(path):
+        raise ModelError(
+            f"{path} makes the folder an adapter of another model; give the folder of a whole "
+            "model, such as one with the adapter merged"
+        )
 
 
 def facts_from(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], name: str) -> ModelFacts:
@@ -85,6 +106,11 @@ def facts_from(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], name:
                 if value <= 0:
                     raise ModelError(
                         f"{name}/config.json: {key} is {value}; one or more is wanted; "
+                        "download or save the model again"
+                    )
+                if value > (most := LARGEST.get(key, LARGEST_SIZE)):
+                    raise ModelError(
+                        f"{name}/config.json: {key} is over {most}, of which there is no model; "
                         "download or save the model again"
                     )
                 return int(value)
@@ -145,6 +171,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     files = _index_files(index) if index.is_file() else ["model.safetensors"]
     for path in (folder / file for file in files):
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path} is no file; download or save the model again")
         if not path.is_file():
             pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
             hint = (
@@ -158,12 +186,19 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _index_files(index: Path) -> list[str]:
     """Names of the files that an index spreads the weights over."""
-    names = _read_json(index).get("weight_map")
-    files: set[Any] = set(names.values()) if isinstance(names, dict) else set()  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-    if not files or not all(isinstance(f, str) and f == Path(f).name for f in files):
+    names = read_json(index).get("weight_map")
+    listed: list[Any] = list(names.values()) if isinstance(names, dict) else []  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    files = {name for name in listed if isinstance(name, str)}
+    if not files or len(files) < len({str(n) for n in listed}) or not all(map(_is_weights, files)):
         what = "a file outside its folder" if files else "no file in its weight_map"
         raise ModelError(f"{index} names {what}; download or save the model again")
     return sorted(files)
+
+
+def _is_weights(name: str) -> bool:
+    """Whether an index's name is that of a file in its own folder."""
+    plain = name == Path(name).name and name.isprintable() and len(name.encode()) <= 255
+    return plain and name.endswith(".safetensors")
 
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -176,7 +211,7 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         try:
             header: dict[str, Any] = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            shapes = {name: tuple(map(int, e["shape"])) for name, e in header.items()}
+            shapes = {name: _shape(e) for name, e in header.items()}
             end = max((int(e["data_offsets"][1]) for e in header.values()), default=0)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             raise ModelError(f"{path} has a damaged header; download or convert it again") from None
@@ -184,6 +219,21 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
             what = f"{missing} bytes are missing" if missing > 0 else f"{-missing} bytes too many"
             raise ModelError(f"{path} is not whole ({what}); download or convert it again")
         return shapes
+
+
+def _shape(entry: dict[str, Any]) -> tuple[int, ...]:
+    """Of a header's entry. Raises ValueError for what no tensor has."""
+    shape = tuple(map(int, entry["shape"]))
+    if (
+        shape != tuple(entry["shape"])
+        or len(shape) > 16
+        or not all(0 <= n < 1 << 48 for n in shape)
+    ):
+        raise ValueError("no shape of a tensor")
+    first, end = entry["data_offsets"]
+    if not 0 <= first <= end:
+        raise ValueError("no place in a file")
+    return shape
 
 
 def _nf4_states(path: Path) -> dict[str, bytes]:
@@ -200,15 +250,17 @@ def _nf4_states(path: Path) -> dict[str, bytes]:
         return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_bounded(path, JSON_BYTES).decode())
     except FileNotFoundError:
         raise ModelError(
             f"{path} is not there; a folder saved by transformers' save_pretrained is wanted"
         ) from None
     except (ValueError, UnicodeDecodeError):
         raise ModelError(f"{path} is not valid JSON; download or save the model again") from None
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {error.strerror or error}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds no JSON object; download or save the model again")
     return value  # pyright: ignore[reportUnknownVariableType]

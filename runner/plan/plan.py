@@ -13,6 +13,7 @@ from trimpot.runner.errors import PlanError
 from trimpot.runner.plan.facts import ModelFacts
 from trimpot.runner.plan.kernels import ATTENTION, choose_kernels
 from trimpot.runner.plan.memory import Arrangement, Kernels, predict_memory
+from trimpot.runner.reading import parse_json
 from trimpot.runner.types import Fleet, Memory, Plan
 
 FITS = 0.92
@@ -96,7 +97,7 @@ def _check_names(config: Config, facts: ModelFacts) -> None:
     wanted = targets if config.method == "lora" and targets != "all-linear" else []
     if missing := [name for name in wanted if name not in known]:
         raise PlanError(
-            f"adapter.target_modules names {', '.join(missing)}, which {facts.architecture} "
+            f"adapter.target_modules names {', '.join(missing[:3])}, which {facts.architecture} "
             f"has not; its linear layers: {', '.join(known)}"
         )
     for pattern in config.freeze.trainable if config.freeze else []:
@@ -238,7 +239,7 @@ def plan_to_json(plan: Plan) -> str:
 
 
 def plan_from_json(text: str) -> Plan:
-    values: dict[str, Any] = json.loads(text)
+    values: dict[str, Any] = parse_json(text)
     memory: dict[str, int] | None = values.pop("memory")
     values["memory"] = Memory(**memory) if memory else None
     values["config"] = check_config(values["config"], "plan")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from trimpot.runner.errors import StorageError, UserError
+from trimpot.runner.reading import JSON_BYTES, parse_json, read_bounded
 from trimpot.runner.recipes import legal, medical, smollm2, technical
 
 Row = tuple[str, str, str]
@@ -179,8 +180,10 @@ def _known(out: Path, name: str) -> dict[str, str]:
 
 def _read_manifest(path: Path, name: str) -> dict[str, str]:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(read_bounded(path, JSON_BYTES))
         recipe, files = manifest["recipe"], dict(manifest["files"])
+        if not all((path.parent / name).resolve().is_relative_to(path.parent) for name in files):
+            raise ValueError("it names files elsewhere")
     except (ValueError, KeyError, TypeError, OSError):
         raise UserError(f"{path} is no manifest of a recipe; give a new folder") from None
     if recipe != name:

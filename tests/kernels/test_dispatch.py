@@ -195,7 +195,7 @@ def test_arithmetic_that_can_not_run_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("kind", [KernelError, BackendError])
 def test_errors_pickle_and_are_the_users(kind: type[KernelError]) -> None:
-    again = pickle.loads(pickle.dumps(kind("what is; what to do")))
+    again = pickle.loads(pickle.dumps(kind("what is; what to do")))  # noqa: S301 - of our own making
     assert type(again) is kind
     assert str(again) == "what is; what to do"
     assert isinstance(again, ValueError)
