@@ -88,6 +88,9 @@ class Display:
             self._run.add(event, self.clock())
         if event["kind"] == "warning":
             self._print(Text(f"warning: {clean(event['text'])}", style="yellow"))
+        elif event["kind"] == "fetch":
+            text = f"the checkpoint of step {event['step']} is from {event['url']}"
+            self._print(Text(clean(f"{text} ({duration(event['seconds'])})")))
         elif event["kind"] in ("failure", "leave"):
             self._print(Text(clean(_parting(event)), style="yellow"))
         elif event["kind"] == "bad_step":
@@ -126,6 +129,9 @@ class Display:
             case "checkpoint":
                 where, took = clean(event["path"]), duration(event["seconds"])
                 return f"checkpoint of step {event['step']} in {where} ({took})"
+            case "copy":
+                where, took = clean(event["url"]), duration(event["seconds"])
+                return f"checkpoint of step {event['step']} copied to {where} ({took})"
             case "sample":
                 prompt, answer = (brief(event[key], 100) for key in ("prompt", "answer"))
                 return f"sample {clean(event['when'])} training: {prompt} → {answer}"
@@ -181,6 +187,7 @@ class _Progress:
         self.phases: list[Event] = []
         self.evals: list[tuple[int, float]] = []
         self.checkpoint: int | None = None
+        self.copied: int | None = None
         self.losses = Trend()
         self._recent: deque[tuple[float, Event]] = deque(maxlen=WINDOW)
 
@@ -197,6 +204,8 @@ class _Progress:
                 self._evaluated(event["step"], event["loss"])
             case "checkpoint":
                 self.checkpoint = event["step"]
+            case "copy":
+                self.copied = event["step"]
             case "step":
                 self.step = event
                 self.losses.add(event["loss"])
@@ -387,7 +396,8 @@ def _figures(run: _Progress, width: int) -> list[tuple[str, Text]]:
         rows.append(("learning rate", Text(f"{rate}, gradient norm {norm}")))
         rows.append(("memory", Text(size(step["memory_bytes"]))))
     if run.checkpoint is not None:
-        rows.append(("saved", Text(f"step {run.checkpoint:,}")))
+        copied = f", copied: step {run.copied:,}" if run.copied is not None else ""
+        rows.append(("saved", Text(f"step {run.checkpoint:,}{copied}")))
     return rows
 
 

@@ -65,6 +65,8 @@ class Run:
     corruptions: tuple[Event, ...] = ()
     checks: tuple[Event, ...] = ()
     """Comparisons of the weights that found all well."""
+    copied: Event | None = None
+    """The newest copy of a checkpoint in an object store."""
 
     @property
     def seconds(self) -> float:
@@ -187,6 +189,7 @@ class _Fold:
         self.steps: dict[int, Event] = {}
         self.evals: dict[int, Event] = {}
         self.checkpoints: dict[int, Event] = {}
+        self.copied: Event | None = None
         self.samples: dict[tuple[str, str], tuple[int, Event]] = {}  # with the step they are of
         self.phases: dict[str, Event] = {}
         self.warnings: list[Event] = []
@@ -208,6 +211,8 @@ class _Fold:
                 self.evals[event["step"]] = event
             case "checkpoint":
                 self.checkpoints[event["step"]] = event
+            case "copy":
+                self.copied = event
             case "sample":
                 self.samples[event["when"], event["prompt"]] = (max(self.steps, default=0), event)
             case "phase":
@@ -271,6 +276,7 @@ class _Fold:
             bad_steps=tuple(self.bad_steps[step] for step in sorted(self.bad_steps)),
             corruptions=tuple(self.corruptions),
             checks=tuple(self.checks[step] for step in sorted(self.checks)),
+            copied=self.copied,
         )
 
 

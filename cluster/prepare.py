@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from trimpot.runner import copies
 from trimpot.runner.config import Config
 from trimpot.runner.data.compile import Compiled, compile_splits, load_splits
 from trimpot.runner.data.cursor import steps_in
@@ -31,6 +32,7 @@ from trimpot.runner.reading import (
     parse_json,
     read_bounded,
 )
+from trimpot.runner.store import Store
 from trimpot.runner.types import Fleet, Plan, decides_numbers
 
 RUN_PARTS = (
@@ -92,6 +94,7 @@ def prepare_run(config: Config, fleet: Fleet, fresh: bool) -> Prepared:
     folder = fetch_model(config.model.path, config.model.revision, weights=False)
     tokenizer = Tokenizer(folder)
     check_room(plan)
+    store = open_store(plan)
     run = Path(plan.run_dir)
     if not fresh:
         check_same_run(run, plan)
@@ -100,6 +103,8 @@ def prepare_run(config: Config, fleet: Fleet, fresh: bool) -> Prepared:
         check_vocabulary(split, folder)
     if not fresh:
         check_same_data(run, train)
+        if store is not None:
+            copies.check_same(copies.look(store), store.url, plan.digest, train.digest)
     plan = plan.replace(
         model_path=str(folder) if Path(config.model.path).exists() else config.model.path,
         total_steps=config.optim.max_steps or _epoch_steps(config, train),
@@ -109,10 +114,13 @@ def prepare_run(config: Config, fleet: Fleet, fresh: bool) -> Prepared:
             f"warmup_steps {config.optim.warmup_steps} leaves nothing of the run's "
             f"{plan.total_steps} steps; set fewer warm-up steps or more epochs"
         )
+    more: list[str] = []
     if fresh:  # what an earlier run achieved goes only when this one is known to be sound
         clear_run(run)
+        if store is not None and (count := copies.clear(store)):
+            more.append(f"--fresh deleted {count} checkpoints of an earlier run in {store.url}")
     write_text(run / "plan.json", plan_to_json(plan))
-    return Prepared(plan, _notes(config, train, held_out))
+    return Prepared(plan, [*_notes(config, train, held_out), *more])
 
 
 def _epoch_steps(config: Config, train: Compiled) -> int:
@@ -149,13 +157,34 @@ def check_room(plan: Plan) -> None:
     finally:
         _remove_empty(made)
     # Weights and two moments in fp32, kept + 1 times: the old one goes after the new is durable.
+    # A copy under way keeps one more.
     trained = plan.memory.optimizer // 8 if plan.memory else 0
-    wanted = LEAST_FREE_BYTES + trained * 12 * (plan.config.checkpoint.keep + 1)
+    section = plan.config.checkpoint
+    kept = section.keep + 1 + (section.copy_to is not None)
+    wanted = LEAST_FREE_BYTES + trained * 12 * kept
     if free < wanted:
         raise StorageError(
             f"output_dir {run} has {free / 2**20:.0f} MiB free and the run needs about "
             f"{wanted / 2**20:.0f} MiB; free some, or choose another output_dir"
         )
+
+
+def open_store(plan: Plan) -> Store | None:
+    """Where checkpoints are copied to, if anywhere; tried with a small object. Raises StorageError.
+
+    Workers ask it themselves: their nodes need the same packages and credentials.
+    """
+    url = plan.config.checkpoint.copy_to
+    if url is None:
+        return None
+    store, run = Store(url), Path(plan.run_dir)
+    if store.local is not None and run in (store.local, *store.local.parents):
+        raise StorageError(
+            f"checkpoint.copy_to {url} is in output_dir {run} itself, and would be lost with it; "
+            "choose another place"
+        )
+    store.probe()
+    return store
 
 
 def _make_folder(folder: Path) -> list[Path]:

@@ -117,6 +117,7 @@ def _content(run: Run) -> dict[str, Any]:
         ],
         "checkpoints": checkpoints[-MAX_ROWS:],
         "checkpoints_left_out": len(checkpoints[:-MAX_ROWS]),
+        "copied": run.copied,
         "sessions": _sessions(run)[-MAX_ROWS:],
         "sessions_left_out": len(run.sessions[:-MAX_ROWS]),
         "failures": _failures(run)[-MAX_ROWS:],

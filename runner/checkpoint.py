@@ -17,7 +17,6 @@ is saved again gets `step-00000040-1`.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import math
@@ -25,7 +24,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -38,12 +37,18 @@ from trimpot.runner import durable
 from trimpot.runner.durable import Fingerprint
 from trimpot.runner.engine import Share, State
 from trimpot.runner.errors import CheckpointError, StorageError, TrainError
-from trimpot.runner.reading import MANIFEST_BYTES, parse_json, read_bounded
+from trimpot.runner.manifest import (
+    FORMAT,
+    MANIFEST,
+    broken,
+    digest_of,
+    parse_manifest,
+    seal_of,
+    text_of,
+)
+from trimpot.runner.reading import MANIFEST_BYTES, read_bounded
 from trimpot.runner.types import Checkpoint
 
-FORMAT = 2
-"""1 had no seal over its manifest and no shards; it is still read."""
-MANIFEST = "manifest.json"
 STATE = "state.safetensors"
 NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 log = logging.getLogger(__name__)
@@ -98,7 +103,7 @@ def write_shard(partial: Path, share: Share, rank: int, world: int) -> None:
     try:
         durable.write_file(path.with_suffix(".json"), [json.dumps(entry).encode()])
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise cannot_write(path, error) from None
 
 
 def read_shards(partial: Path, world: int) -> dict[str, Any]:
@@ -122,10 +127,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> Fingerpri
         durable.make_folder(path.parent)
         return durable.write_file(path, _safetensors(tensors))
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise cannot_write(path, error) from None
 
 
-def _cannot_write(path: Path, error: OSError) -> StorageError:
+def cannot_write(path: Path, error: OSError) -> StorageError:
     return StorageError(f"checkpoint {path} can't be written: {error.strerror or error}")
 
 
@@ -163,7 +168,6 @@ def commit(
     facts: dict[str, Any],
 ) -> Checkpoint:
     """Make a checkpoint of the files that lie, fsynced, in `partial`. Raises StorageError."""
-    folder = partial.parent
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -174,14 +178,20 @@ def commit(
         "files": files,
         **facts,
     }
-    manifest["seal"] = _seal(manifest)
+    manifest["seal"] = seal_of(manifest)
+    return finish(partial, manifest)
+
+
+def finish(partial: Path, manifest: dict[str, Any]) -> Checkpoint:
+    """Make a checkpoint of the files in `partial` and their manifest. Raises StorageError."""
+    folder, step = partial.parent, manifest["step"]
     try:
         durable.sync_folder(partial)  # a manifest never stands where its files may yet be lost
-        durable.write_file(partial / MANIFEST, [_text(manifest).encode()])
+        durable.write_file(partial / MANIFEST, [text_of(manifest).encode()])
         durable.sync_folder(partial)
         final = _move_to_free_name(partial, folder, step)
     except OSError as error:
-        raise _cannot_write(folder / f"step-{step:08d}", error) from None
+        raise cannot_write(folder / f"step-{step:08d}", error) from None
     try:
         durable.put_text(folder / "latest", final.name + "\n")
     except OSError:  # none is better than one that will name what is gone
@@ -203,35 +213,26 @@ def _move_to_free_name(partial: Path, folder: Path, step: int) -> Path:
         attempt += 1
 
 
-def _seal(manifest: dict[str, Any]) -> str:
-    """SHA-256 over everything else that a manifest says."""
-    rest = {key: value for key, value in manifest.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _text(manifest: dict[str, Any]) -> str:
-    """The one way to write it down: no byte of the file can change unnoticed."""
-    return json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-
-
 def prune(
     folder: Path,
     newest: Checkpoint,
     keep: int,
     token: str = "alone",
     spare: Callable[[int], bool] | None = None,
+    reading: Collection[Path] = (),
 ) -> None:
     """After `newest` was saved: delete all but the newest `keep`, and what broken saves left.
 
     `newest` stays even where others have later steps, and so does the newest whose step `spare`
-    accepts. Saves that this start of the run (`token`) has begun since are left alone.
+    accepts. Saves that this start of the run (`token`) has begun since are left alone, and so are
+    those that somebody is `reading`.
     """
     every = list_checkpoints(folder)
     others = [path for path in every if path != newest.path]
     spared = next((path for path in every if spare is not None and spare(step_of(path))), None)
     with suppress(OSError):
         for path in others[max(0, keep - 1) :]:  # half removed, they are no checkpoints
-            if path == spared:
+            if path == spared or path in reading:
                 continue
             os.rename(path, path.with_name(f".{path.name}.gone"))  # noqa: PTH104
         durable.sync_folder(folder)
@@ -245,25 +246,14 @@ def prune(
 
 
 def _checkpoint(path: Path, manifest: dict[str, Any]) -> Checkpoint:
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return Checkpoint(
         path=path,
         step=manifest["step"],
         cursor=manifest["cursor"],
         plan_digest=manifest["plan_digest"],
-        digest=digest,
+        digest=digest_of(manifest),
         complete=manifest["complete"],
     )
-
-
-KEYS = {
-    "step": int,
-    "cursor": int,
-    "plan_digest": str,
-    "data_digest": str,
-    "complete": bool,
-    "files": dict,
-}
 
 
 def read_manifest(path: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
@@ -272,21 +262,7 @@ def read_manifest(path: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
     `part` of `parts`: every so manieth file only, where several workers share the work.
     """
     try:
-        text = read_bounded(path / MANIFEST, MANIFEST_BYTES).decode()
-        manifest = parse_json(text)
-        if manifest["format"] not in (1, FORMAT):
-            raise CheckpointError(
-                f"checkpoint {path} has format {manifest['format']}, this version reads {FORMAT}; "
-                "use the version that wrote it"
-            )
-        sealed = manifest["format"] == 1 or manifest["seal"] == _seal(manifest)
-        if not sealed or (manifest["format"] > 1 and text != _text(manifest)):
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: its {MANIFEST} does not say what was written"
-            )
-        for key, kind in KEYS.items():
-            if not isinstance(manifest[key], kind):
-                raise CheckpointError(f"checkpoint {path}: {key} is {manifest[key]!r}")
+        manifest = parse_manifest(read_bounded(path / MANIFEST, MANIFEST_BYTES), path)
         named = NAME.fullmatch(path.name)
         if named and int(named[1]) != manifest["step"]:
             raise CheckpointError(
@@ -298,8 +274,7 @@ def read_manifest(path: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
         name = Path(error.filename or path).name
         raise CheckpointError(f"checkpoint {path} lacks {name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        fault = repr(error).splitlines()[0][:200]
-        raise CheckpointError(f"checkpoint {path} has a broken manifest: {fault}") from None
+        raise broken(path, error) from None
     return manifest
 
 

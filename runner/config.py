@@ -9,6 +9,7 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -282,6 +283,30 @@ class KernelsSection(Section):
     fp32 under precision fp32, else the fastest that is at least as close as bf16: never int8."""
 
 
+def _store_url(text: str) -> str:
+    """A URL that names a place in a store, and no secret; no part of it is said in the errors."""
+    url = urlsplit(text)
+    # Not urlsplit's own password: a secret may hold slashes.
+    user, at, _ = text.partition("://")[2].partition("@")
+    if (at and ":" in user) or url.query or url.fragment:
+        raise ValueError(
+            "passwords and queries do not belong in a URL; name the place alone, such as "
+            "s3://bucket/run, and give credentials by environment (AWS_ACCESS_KEY_ID, …)"
+        )
+    if not url.scheme or "://" not in text or "::" in text:
+        raise ValueError("it is no URL of a store; s3://bucket/run, gs://…, file:///… is wanted")
+    if url.scheme == "memory":
+        raise ValueError("memory:// ends with its process; s3://bucket/run, gs://… is wanted")
+    if url.scheme == "file" and url.netloc:
+        raise ValueError("a path from the root is wanted, with three slashes: file:///mnt/store")
+    if not (url.netloc + url.path).strip("/"):
+        raise ValueError("it names no place in the store; s3://bucket/run is wanted")
+    return text.rstrip("/")
+
+
+StoreUrl = Annotated[Name, AfterValidator(_store_url)]
+
+
 class CheckpointSection(Section):
     every_steps: Positive | Auto = "auto"
     """Optimizer steps between checkpoints; the last step always has one. auto: every √(2 · C · M)
@@ -290,7 +315,23 @@ class CheckpointSection(Section):
     """Mean time between failures of the whole run, for `every_steps: auto`, as expected before any
     was met. Where `fleet.preemptible` is set and this is not, 4 are expected."""
     keep: Positive = 2
-    """Checkpoints kept on disk, the newest ones."""
+    """Checkpoints kept, the newest ones: on disk, and as many in `copy_to`."""
+    copy_to: StoreUrl | None = None
+    """Object store that every checkpoint is copied to, a place of this run's own: s3://bucket/run
+    (pip install s3fs), gs://… (gcsfs), az://… (adlfs), file:///…. A run whose disk is gone goes on
+    from there. Credentials by environment alone."""
+    copy_verify: bool = False
+    """Read each copy back and compare its SHA-256, besides its size."""
+    copy_wait_s: Annotated[float, Field(ge=0)] = 300
+    """How long a copy that fails is tried again at the run's end, which then ends with exit code 1.
+    Before that, a failed copy is a warning, and the next checkpoint's turn."""
+
+    @model_validator(mode="after")
+    def _copies_have_a_place(self) -> CheckpointSection:
+        extra = sorted({"copy_verify", "copy_wait_s"} & self.model_fields_set)
+        if self.copy_to is None and extra:
+            raise ValueError(f"{extra[0]} is set, but copy_to is not; set it, or remove {extra[0]}")
+        return self
 
     @property
     def hours_said(self) -> float | None:

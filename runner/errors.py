@@ -46,6 +46,18 @@ class WorkerStorageError(StorageError):
     """A running worker met an I/O error in the run directory: it may pass."""
 
 
+class StoreError(StorageError):
+    """The object store of checkpoint.copy_to refuses, or does not answer."""
+
+    def __init__(self, text: str, lasting: bool = False):
+        """`lasting`: trying again is of no use."""
+        super().__init__(text, lasting)
+        self.lasting = lasting
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class ClusterError(UserError):
     """The Ray cluster does not answer, or has too little to offer."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,18 @@ class Job:
 class Saver:
     """Every worker has one, and all call the same methods at the same steps."""
 
-    def __init__(self, folder: Path, keep: int, rank: int, world: int, token: str):
-        """`token`: the same on all workers, of this start of the run only."""
-        self.folder, self.keep, self.token = folder, keep, token
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        rank: int,
+        world: int,
+        token: str,
+        reading: Callable[[], Collection[Path]] = tuple,
+    ):
+        """`token`: the same on all workers, of this start of the run only. `reading`: which
+        checkpoints somebody is reading now."""
+        self.folder, self.keep, self.token, self.reading = folder, keep, token, reading
         self.rank, self.world = rank, world
         self.job: Job | None = None
 
@@ -121,7 +130,7 @@ class Saver:
 
     def _commit(self, job: Job, files: dict[str, Any]) -> None:
         job.checkpoint = commit(job.partial, files, **job.facts)
-        prune(self.folder, job.checkpoint, self.keep, self.token, job.spare)
+        prune(self.folder, job.checkpoint, self.keep, self.token, job.spare, self.reading())
 
     def progress(self) -> tuple[float, float]:
         """(1 if this worker's shard is written, 1 if that failed), for `advance` to be given the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from trimpot.runner import engine as engines
 from trimpot.runner.adapters.peft_io import save_adapter
 from trimpot.runner.checkpoint import Reader, load_state, prune
+from trimpot.runner.copier import Copier, Uncopied, together
 from trimpot.runner.data.compile import Compiled
 from trimpot.runner.engine import Engine
 from trimpot.runner.errors import CheckpointError, CorruptionError, SaveError, TrainError
@@ -30,6 +31,14 @@ Reopen = Callable[[Callable[[int], bool]], tuple[Checkpoint, Reader] | None]
 """The newest good checkpoint whose step is accepted, the same on all workers; all must call."""
 
 
+def read_text(path: Path) -> str:
+    """What a flag of the driver's says; "" where it is not up."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
 class Session:
     """Every worker has one, and all call the same methods at the same steps."""
 
@@ -44,8 +53,11 @@ class Session:
         last: Checkpoint | None,
         asked: Callable[[], bool],
         reopen: Reopen,
+        token: str,
+        copier: Copier | None = None,
     ):
-        """`last`: the checkpoint that this start goes on from."""
+        """`last`: the checkpoint that this start goes on from. `token`: as of Saver. `copier`:
+        worker 0's, where checkpoints are copied to a store."""
         self.health, self.reopen = health, reopen
         self.replicas = Replicas(engine) if plan.config.health.check_every else None
         self.checked = 0
@@ -55,8 +67,9 @@ class Session:
         self.run = Path(plan.run_dir)
         self.rank, self.world = engines.ranks()
         section = plan.config.checkpoint
-        token = engines.first_text(secrets.token_hex(4) if self.rank == 0 else "")
-        self.saver = Saver(self.run / "checkpoints", section.keep, self.rank, self.world, token)
+        self.copier, self.uncopied = copier, ""
+        folder, reading = self.run / "checkpoints", copier.wanted if copier else tuple
+        self.saver = Saver(folder, section.keep, self.rank, self.world, token, reading)
         self.pace: Pace | None = None
         if section.every_steps == "auto" and self.rank == 0:
             self.pace = Pace(section.hours_between_failures)
@@ -74,6 +87,7 @@ class Session:
         """Evaluate and save where the plan says so, then report the step → whether to stop."""
         stop, due, written, failed = signals
         self._hear(self.saver.advance(written, failed))
+        self._hear_copier()
         config = self.plan.config
         final = step.step == self.plan.total_steps
         if self.health.bad is not None:
@@ -207,6 +221,44 @@ class Session:
                 self.pace.measured(outcome)
                 values["next_seconds"] = self.pace.every_s
             self.report(Event("checkpoint", values))
+            if self.copier is not None:
+                self.copier.offer(saved)
+
+    def _hear_copier(self) -> None:
+        """Tell what became of copies. Of several failures in a row only the first is news."""
+        for outcome in self.copier.outcomes() if self.copier is not None else ():
+            if not isinstance(outcome, Uncopied):
+                self.uncopied = ""
+                self.report(Event("copy", dataclasses.asdict(outcome)))
+                continue
+            if not self.uncopied:
+                text = f"the checkpoint of step {outcome.step} is not copied: {outcome.why}"
+                self.report(Event("warning", {"text": f"{text}; the run goes on"}))
+            self.uncopied = outcome.why
+
+    def close(self) -> Checkpoint:
+        """After the last step: see that what was trained is where it belongs → the last
+        checkpoint. Every worker must call. Raises SaveError on all."""
+        assert self.last is not None
+        complete, why = self.last.complete, ""
+        if complete and self.rank == 0 and not (self.run / "adapter").is_dir():
+            why = self._write_adapter()  # an earlier start, elsewhere maybe, did the last step
+        if why := engines.first_text(why):
+            raise SaveError(self._missing(self.last.step, why))
+        section = self.plan.config.checkpoint
+        # Workers that make room for more start again on this disk: that copy can wait.
+        growing = not complete and read_text(self.run / "leave") == "grow"
+        if section.copy_to is None or engines.first_text("growing" if growing else ""):
+            return self.last
+        last, wait_s = self.last, section.copy_wait_s if complete else 0.0
+        why = together(lambda: self.copier.finish(last, wait_s) if self.copier else "")
+        self._hear_copier()
+        if complete and (why := engines.first_text(why or "")):
+            raise SaveError(
+                f"the last checkpoint is not in {section.copy_to}: {why}; it is in {last.path}; "
+                "mend that, and start again: only the copy is left to make"
+            )
+        return last
 
     def save(self, step: int, complete: bool) -> Checkpoint:
         """Save, and wait until that is durable. Raises SaveError on all workers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,9 +15,12 @@ from torch import nn
 from trimpot.runner import hub
 from trimpot.runner.adapters.peft_io import load_adapter, put_adapter
 from trimpot.runner.checkpoint import load_state, newest_checkpoint
+from trimpot.runner.copies import look
 from trimpot.runner.errors import CheckpointError, TrimpotError
+from trimpot.runner.fetch import fetch_newest
 from trimpot.runner.plan.plan import plan_from_json
 from trimpot.runner.quantized import dequantise_layers, load_nf4
+from trimpot.runner.store import Store
 from trimpot.runner.types import Checkpoint, Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,13 +60,15 @@ def find_trained(run: Path) -> Trained:
     plan = _read_plan(run)
     found = newest_checkpoint(run / "checkpoints", log.warning, set_aside=False)
     checkpoint = found[0] if found else None
+    adapter = run / "adapter" if plan.config.method == "lora" else None
+    adapter = adapter if adapter is not None and adapter.is_dir() else None
+    if adapter is None and checkpoint is None:
+        checkpoint = _fetched(run, plan)
     if checkpoint is not None and checkpoint.plan_digest != plan.digest:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} is of a run with other settings than {run}/plan.json; "
             "remove it, or train again with --fresh"
         )
-    adapter = run / "adapter" if plan.config.method == "lora" else None
-    adapter = adapter if adapter is not None and adapter.is_dir() else None
     if adapter is None and checkpoint is None:
         raise CheckpointError(
             f"{run} has nothing trained yet: no good checkpoint; train it with `trimpot train`"
@@ -72,6 +78,15 @@ def find_trained(run: Path) -> Trained:
             "%s has not finished: step %s of %s is used", run, checkpoint.step, plan.total_steps
         )
     return Trained(run, plan, adapter, checkpoint)
+
+
+def _fetched(run: Path, plan: Plan) -> Checkpoint | None:
+    """The newest good checkpoint of the run's object store, brought into RUN/checkpoints."""
+    if plan.config.checkpoint.copy_to is None:
+        return None
+    store = Store(plan.config.checkpoint.copy_to)
+    token = f"fetched-{os.getpid()}"
+    return fetch_newest(store, look(store), run / "checkpoints", 0, token, log.warning)[0]
 
 
 def _read_plan(run: Path) -> Plan:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import secrets
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from trimpot.kernels.heap import give_back_freed_memory, keep_freed_memory
+from trimpot.runner import copier as copiers
 from trimpot.runner import engine as engines
 from trimpot.runner.checkpoint import (
     Reader,
@@ -75,6 +77,10 @@ def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False)
     parameters, trained = count_parameters(model)
     clock.tell("model")
     found = _newest_good(run / "checkpoints", report)
+    token = engines.first_text(secrets.token_hex(4))
+    copier, fetched = copiers.begin(plan, data.digest, found[0] if found else None, report, token)
+    if fetched:
+        found = _newest_good(run / "checkpoints", report)
     reader = _matching(plan, data, model, *found) if found is not None else None
     if reader is not None:
         engines.load_weights(model, reader.whole, plan.zero_stage)
@@ -94,7 +100,9 @@ def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False)
         at = _newest_good(run / "checkpoints", report, accept)
         return (at[0], _matching(plan, data, model, *at)) if at is not None else None
 
-    session = Session(plan, engine, data, held_out, report, health, last, asked, reopen)
+    session = Session(
+        plan, engine, data, held_out, report, health, last, asked, reopen, token, copier
+    )
     if first == 1:
         session.evaluate(0)
         session.show("before")
@@ -108,10 +116,10 @@ def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False)
                 break
     finally:
         session.saver.close()
-    assert session.last is not None
-    if session.last.complete:
+    last = session.close()
+    if last.complete:
         session.show("after")
-    return session.last
+    return last
 
 
 def _newest_good(

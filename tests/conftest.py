@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,3 +27,21 @@ def model() -> Path:
     from tiny import tiny_model
 
     return tiny_model(CACHE)
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[Any]:
+    """An S3 server of this module's own, found through the environment."""
+    from s3_server import running
+
+    with pytest.MonkeyPatch.context() as patch, running(patch) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server: Any) -> str:
+    """A new bucket of it; what the server notes begins anew."""
+    name = f"bucket-{secrets.token_hex(4)}"
+    s3_server.client().create_bucket(Bucket=name)
+    s3_server.requests.clear()
+    return name

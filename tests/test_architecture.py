@@ -28,6 +28,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "transformers": ("runner/hub.py",),
     "diffusers": ("runner/hub.py",),
     "peft": ("runner/adapters/",),
+    "fsspec": ("runner/store.py",),
     "triton": ("kernels/triton/", "kernels/proof/"),
     "trimpot.kernels._native": ("kernels/native.py",),
 }
@@ -100,6 +101,7 @@ def test_there_is_something_to_look_at() -> None:
         ("cluster/train.py", "trimpot.runner.config"),
         ("runner/engine.py", "deepspeed"),
         ("runner/hub.py", "transformers"),
+        ("runner/store.py", "fsspec"),
         ("runner/types.py", "trimpot.runner.config"),  # under TYPE_CHECKING
         ("kernels/native.py", "trimpot.kernels._native"),
     ):
@@ -142,6 +144,7 @@ PLANTS = {
     "ray in a worker": ("runner/x.py", "def f():\n    import ray", "runner/x.py:2: ray"),
     "torch in the driver": ("cluster/x.py", "from torch import nn", "past its door"),
     "peft": ("runner/export.py", "import peft", "past its door"),
+    "a second door to fsspec": ("runner/x.py", "from fsspec.core import a", "past its door"),
     "triton in an op": ("kernels/ops/x.py", "import triton.language as tl", "past its door"),
     "a second door to C++": (
         "kernels/ops/x.py",

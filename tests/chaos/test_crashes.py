@@ -23,6 +23,7 @@ import torch
 from crash import Call, Disk, Recorder, Tree, read_tree, write_tree
 
 from trimpot.runner import checkpoint as module
+from trimpot.runner import manifest as manifests
 from trimpot.runner.checkpoint import (
     MANIFEST,
     list_checkpoints,
@@ -247,7 +248,7 @@ def sealed(path: Path) -> bool:
     """Whether there is a manifest, and all of it."""
     try:
         text = (path / MANIFEST).read_bytes().decode()
-        return text == module._text(json.loads(text))
+        return text == manifests.text_of(json.loads(text))
     except (OSError, ValueError):
         return False
 

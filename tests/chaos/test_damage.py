@@ -110,6 +110,6 @@ def test_the_sweep_sees(tmp_path, draw, monkeypatch):
         patch.setattr("trimpot.runner.checkpoint._check_file", lambda *_: None)
         assert sweep(tmp_path / "a" / "checkpoints", False, draw, most=100)["silent"] > 50
     monkeypatch.setattr(
-        "trimpot.runner.checkpoint._seal", lambda manifest: manifest.get("seal", "")
+        "trimpot.runner.manifest.seal_of", lambda manifest: manifest.get("seal", "")
     )
     assert sweep(tmp_path / "b" / "checkpoints", False, draw, most=200)["silent"] > 0

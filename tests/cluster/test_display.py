@@ -146,6 +146,18 @@ def test_log_says_how_full_rows_are() -> None:
     assert "99.9 % of computed tokens are real" in shown(run(1, fill=more)).splitlines()
 
 
+def test_copies_to_a_store_are_told() -> None:
+    events = run(1)
+    store = {"step": 1, "seconds": 2.0}
+    events.insert(0, {"kind": "fetch", "url": "s3://bucket/run", **store})
+    events.insert(-1, {"kind": "copy", "url": "s3://bucket/run/step-1", **store})
+    lines = shown(events).splitlines()
+    assert "the checkpoint of step 1 is from s3://bucket/run (2.0 s)" in lines
+    assert "checkpoint of step 1 copied to s3://bucket/run/step-1 (2.0 s)" in lines
+    events.insert(-1, {"kind": "checkpoint", "step": 1, "path": "/c", "seconds": 0.2})
+    assert any("step 1, copied: step 1" in line for line in screen(events, 80))
+
+
 def test_log_says_how_many_workers_are_on_a_row() -> None:
     lines = shown(run(1, world_size=4, sequence_parallel_size=2)).splitlines()
     assert "4 workers, 2 to a row: 2 × 4 × 2 = 16 samples a step · ZeRO 1 · fp32" in lines

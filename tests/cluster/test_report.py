@@ -245,10 +245,12 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     for kind, key in (("phase", "name"), ("checkpoint", "path")):
         next(e for e in events if e["kind"] == kind)[key] = attack
     events.append({"kind": "warning", "time": 0, "text": attack})
+    events.append({"kind": "copy", "time": 0, "step": 8, "url": f"s3://b/{attack}", "seconds": 1.0})
     html = written(tmp_path, events)
     page = Page(html)
     assert not page.open
     assert page.text.count("<script>alert(1)</script>") >= 12
+    assert "Newest copy: step 8 in s3://b/" in page.text
     assert not {"script", "img", "iframe", "object", "link"} & {tag for tag, _ in page.tags}
     assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on")]
     assert not set(re.findall(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", html))
