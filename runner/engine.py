@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from trimpot.runner.fused.exchange import Workers
+from trimpot.runner.in_order import InOrder
 from trimpot.runner.optimizer import AdamW
 from trimpot.runner.types import Plan
 
@@ -90,16 +91,30 @@ class Engine:
     names: dict[str, nn.Parameter]
     zero_stage: int
     plain_norm: float = 0.0
+    in_order: InOrder | None = None
+    """Under `deterministic`: sums the gradients and steps, in place of DeepSpeed."""
+    rounds: int = 0
+    """How many of the step are done; counted under `deterministic`."""
 
     @property
     def module(self) -> nn.Module:
         return self.inner.module
 
-    def backward(self, loss: torch.Tensor) -> None:
+    @property
+    def averaged_over(self) -> int:
+        """How many workers' gradients `backward` makes a mean of; 1 where it makes a sum."""
+        return 1 if self.in_order is not None else ranks()[1]
+
+    def backward(self, loss: torch.Tensor, workers: int | None = None) -> None:
         """Add the loss's gradients; the last call of a step reduces them over the workers.
 
-        Gradients are summed over accumulation steps and averaged over workers.
+        Gradients are summed over accumulation steps and averaged over workers, but for
+        `averaged_over`. `workers`: how many, the first by rank, have something to add; the others'
+        loss must have weight 0.
         """
+        if self.in_order is not None:
+            self._backward_in_order(self.in_order, loss, workers or ranks()[1])
+            return
         self.inner.backward(loss, scale_wrt_gas=False)
         if (
             self.inner.optimizer is self.optimizer
@@ -109,6 +124,16 @@ class Engine:
             gradients = [p.grad for p in self.names.values() if p.grad is not None]
             self.plain_norm = float(torch.nn.utils.get_total_norm(gradients))
         self.inner.step()  # updates at the last accumulation step only
+
+    def _backward_in_order(self, in_order: InOrder, loss: torch.Tensor, workers: int) -> None:
+        in_order.clear()
+        self.inner.backward(loss, scale_wrt_gas=False)
+        in_order.add(workers)
+        self.rounds += 1
+        if self.rounds == self.inner.gradient_accumulation_steps():
+            self.rounds = 0
+            clip = self.inner.gradient_clipping() or None
+            self.plain_norm = in_order.step(self.optimizer, clip)
 
     def set_learning_rate(self, value: float) -> None:
         for group in self.inner.optimizer.param_groups:
@@ -146,7 +171,7 @@ class Engine:
                 if key == "weight"
                 else safe_get_full_optimizer_state(parameter, key)
             )
-        master = self._master(parameter)
+        master = self.master(parameter)
         state = self.optimizer.state.get(master, {})
         return lambda key: master if key == "weight" else state.get(key)
 
@@ -208,11 +233,11 @@ class Engine:
             return safe_get_local_optimizer_state(parameter, key)
         if self.zero_stage:
             return parameter._hp_mapping.get_hp_fragment(None if key == "weight" else key)
-        master = self._master(parameter)
+        master = self.master(parameter)
         tensor = master if key == "weight" else self.optimizer.state[master][key]
         return tensor.detach().view(-1)
 
-    def _master(self, parameter: nn.Parameter) -> torch.Tensor:
+    def master(self, parameter: nn.Parameter) -> torch.Tensor:
         """The fp32 tensor that the optimizer steps at stage 0: bf16 runs keep a copy apart."""
         wrapped = self.inner.optimizer
         if wrapped is self.optimizer:
@@ -278,6 +303,10 @@ def start_engine(plan: Plan, model: nn.Module) -> Engine:
         model=model, optimizer=optimizer, config=deepspeed_config(plan)
     )
     engine = Engine(inner, optimizer, names, plan.zero_stage)
+    if plan.config.deterministic:
+        inner.enable_backward_allreduce = False
+        trained = list(names.values())
+        engine.in_order = InOrder(trained, [engine.master(p) for p in trained])
     # In bf16 at stage 0 DeepSpeed makes the moments by a step of its own, and counts it: the
     # first update would be 0.74 of what Adam says.
     engine.set_step(0)
