@@ -192,7 +192,7 @@ def check_same_run(run: Path, plan: Plan) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         config = Config.model_validate(before["config"]).model_dump(mode="json")
-        before = decides_numbers(config, before["kernels"])
+        before = decides_numbers(config, before.get("kernels", {}))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(
             f"{path} is damaged; start over with --fresh, or choose another output_dir"

@@ -34,12 +34,13 @@ def fix_arithmetic(config: Config) -> None:
     Sums of torch and its libraries are cut by the number of threads; on GPUs some operations add
     in the order in which threads arrive.
     """
-    if config.deterministic:
-        torch.set_num_threads(config.fleet.cpus_per_worker)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # It costs, and finds bugs only.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    torch.use_deterministic_algorithms(config.deterministic)
+    if not config.deterministic:
+        return
+    torch.set_num_threads(config.fleet.cpus_per_worker)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # It costs, and finds bugs only.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class InOrder:

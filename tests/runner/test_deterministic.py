@@ -51,7 +51,7 @@ class Runs:
             Path(plan.run_dir, "plan.json").write_text(plan_to_json(plan))
             arguments.append(f"{plan.run_dir}/plan.json" + (f"@{stop}!" if stop else ""))
         result = self.folder / f"{world}.json"
-        torchrun(world, HERE / "arrangements.py", result, *arguments)
+        torchrun(world, HERE / "arrangements.py", result, *arguments, timeout=900)
         found = json.loads(result.read_text())
         for (base, _), argument in zip(work, arguments, strict=True):
             curves = self.curves.setdefault(Path(base.run_dir).name, {})
