@@ -82,7 +82,9 @@ def _gradients(config: Config, trained: int, item: int, at: Arrangement) -> int:
     if not config.deterministic:
         return trained * item // (at.world_size if at.zero_stage >= 2 else 1)
     # Own ones, those of others on their way, and the fp32 sum: a slice of it, at last the whole.
-    exchanged = item + 4 if at.world_size > 1 else 0
+    # Where the number of workers may change, one alone is not the dearest.
+    alone = at.world_size == 1 and config.fleet.worker_range is None
+    exchanged = 0 if alone else item + 4
     return trained * (item + exchanged) + 4 * trained // at.world_size
 
 

@@ -499,6 +499,10 @@ def test_deterministic_runs_at_stage_0_and_pays_for_its_sums(facts: ModelFacts) 
     assert plan.memory is not None and alone.memory is not None
     assert plan.memory.gradients == facts.parameters * (2 + 2 + 4 + 1)
     assert alone.memory.gradients == facts.parameters * (2 + 4)
+    full["fleet"] = {"workers": {"min": 1, "max": 4}}
+    ranged = deterministic(facts, **full)
+    assert (ranged.zero_stage, ranged.world_size) == (0, 4)
+    assert ranged.memory is not None and ranged.memory.gradients >= plan.memory.gradients
     with pytest.raises(PlanError, match="the least this run needs"):
         deterministic(facts, plan.memory.total // 2, **full)
 
