@@ -226,13 +226,14 @@ def check_same_run(run: Path, plan: Plan) -> None:
     if not path.is_file():
         return
     try:
-        before = parse_json(read_bounded(path, JSON_BYTES))["config"]
-        before = decides_numbers(Config.model_validate(before).model_dump(mode="json"))
-    except (OSError, ValueError, KeyError, TypeError):
+        before = parse_json(read_bounded(path, JSON_BYTES))
+        config = Config.model_validate(before["config"]).model_dump(mode="json")
+        before = decides_numbers(config, before.get("kernels", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(
             f"{path} is damaged; start over with --fresh, or choose another output_dir"
         ) from None
-    now = decides_numbers(plan.config.model_dump(mode="json"))
+    now = decides_numbers(plan.config.model_dump(mode="json"), plan.kernels)
     changed = [f"{key} was {old}, is {new}" for key, old, new in _differences(before, now)]
     if changed:
         raise CheckpointError(

@@ -102,6 +102,16 @@ def arithmetics() -> dict[str, str]:
     return {n: e for n, e in ERRORS.items() if n != "bf16" and (n != "bf16x3" or tiles)}
 
 
+def preferred_arithmetic() -> str:
+    """What `auto` would try first of bf16 tensors' products on this machine, unmeasured; auto
+    itself without the C++ core."""
+    if not native.state().available:
+        return AUTO
+    if native.extension().gemm_fast_split():
+        return "bf16x3"
+    return "int16" if native.extension().gemm_fast_int16() else FP32
+
+
 def _with_error(name: str) -> str:
     return FP32 if name == FP32 else f"{name} (error {ERRORS[name]}, bf16: {ERRORS['bf16']})"
 

@@ -395,6 +395,10 @@ class Config(Section):
     """Of weights and activations; optimizer state is fp32 in both."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides the held-out split, the order of samples, the start of adapters, dropout."""
+    deterministic: bool = False
+    """Bit-equal results however often the number of workers changes: each micro-batch's gradient is
+    computed apart, and they are added in fp32 in the order of their numbers. ZeRO stage 0; wants
+    optim.micro_batch_size, and costs an exchange of gradients per micro-batch of a worker."""
     output_dir: Name
     """The run's folder: journal, checkpoints, adapter, report. On a cluster: on shared storage."""
     adapter: AdapterSection = AdapterSection()
@@ -445,6 +449,27 @@ class Config(Section):
             raise ValueError(
                 "model.quantization is nf4, whose weights ZeRO-3 can't partition: every worker "
                 "holds them whole; set fleet.zero_stage 0, 1, 2 or auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _determinism_has_its_shards(self) -> Config:
+        if not self.deterministic:
+            return self
+        if self.fleet.zero_stage not in (0, "auto"):
+            raise ValueError(
+                "deterministic is true, whose order of sums ZeRO does not keep: set "
+                f"fleet.zero_stage 0 or auto; {self.fleet.zero_stage} is set"
+            )
+        if self.fleet.offload_optimizer:
+            raise ValueError(
+                "deterministic is true, which runs at ZeRO stage 0, and fleet.offload_optimizer "
+                "needs 1, 2 or 3; set offload_optimizer: false"
+            )
+        if self.optim.micro_batch_size == "auto":
+            raise ValueError(
+                "deterministic is true, whose sums are over micro-batches, and auto would make "
+                "others on another fleet; set optim.micro_batch_size to a number"
             )
         return self
 

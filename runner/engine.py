@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from trimpot.runner.fused.exchange import Workers
+from trimpot.runner.in_order import InOrder
 from trimpot.runner.optimizer import AdamW, TorchAdamW
 from trimpot.runner.types import Plan
 
@@ -92,6 +93,8 @@ class Engine:
     names: dict[str, nn.Parameter]
     zero_stage: int
     plain_norm: float = 0.0
+    in_order: InOrder | None = None
+    """Under `deterministic`: sums the gradients and steps, in place of DeepSpeed."""
     _judge: Judge | None = None
     _verdict: str | None = None
 
@@ -99,12 +102,23 @@ class Engine:
     def module(self) -> nn.Module:
         return self.inner.module
 
-    def backward(self, loss: torch.Tensor) -> None:
+    @property
+    def averaged_over(self) -> int:
+        """How many workers' gradients `backward` makes a mean of; 1 where it makes a sum."""
+        return 1 if self.in_order is not None else ranks()[1]
+
+    def backward(self, loss: torch.Tensor, workers: int | None = None) -> None:
         """Add the loss's gradients; the last call of a step reduces them over the workers.
 
-        Gradients are summed over accumulation steps and averaged over workers. `update` is to
-        follow the last call of a step.
+        Gradients are summed over accumulation steps and averaged over workers, but for
+        `averaged_over`. `workers`: how many, the first by rank, have something to add; the others'
+        loss must have weight 0. `update` is to follow the last call of a step.
         """
+        if self.in_order is not None:
+            self.in_order.clear()
+            self.inner.backward(loss, scale_wrt_gas=False)
+            self.in_order.add(workers or ranks()[1])
+            return
         self.inner.backward(loss, scale_wrt_gas=False)
         if not self.inner.is_gradient_accumulation_boundary():
             self.inner.step()  # counts the accumulation step, and no more
@@ -122,7 +136,11 @@ class Engine:
         """
         self._judge, self._verdict = judge, None
         self.optimizer.refuses = lambda: bool(self._refusal())
-        self.inner.step()
+        if self.in_order is not None:
+            self.plain_norm = self.in_order.gather(self.inner.gradient_clipping() or None)
+            self.in_order.step(self.optimizer)
+        else:
+            self.inner.step()
         why = self._refusal()  # of an infinite norm stage 3 and bf16 at stage 0 never ask
         self.optimizer.refuses = None
         if why:
@@ -146,7 +164,7 @@ class Engine:
 
     def grad_norm(self) -> float:
         """Norm of the step's gradient, before clipping; known once the step is at its update."""
-        if self.inner.optimizer is self.optimizer:
+        if self.in_order is not None or self.inner.optimizer is self.optimizer:
             return self.plain_norm
         return float(self.inner.optimizer._global_grad_norm)
 
@@ -177,7 +195,7 @@ class Engine:
                 if key == "weight"
                 else safe_get_full_optimizer_state(parameter, key)
             )
-        master = self._master(parameter)
+        master = self.master(parameter)
         state = self.optimizer.state.get(master, {})
         return lambda key: master if key == "weight" else state.get(key)
 
@@ -239,11 +257,11 @@ class Engine:
             return safe_get_local_optimizer_state(parameter, key)
         if self.zero_stage:
             return parameter._hp_mapping.get_hp_fragment(None if key == "weight" else key)
-        master = self._master(parameter)
+        master = self.master(parameter)
         tensor = master if key == "weight" else self.optimizer.state[master][key]
         return tensor.detach().view(-1)
 
-    def _master(self, parameter: nn.Parameter) -> torch.Tensor:
+    def master(self, parameter: nn.Parameter) -> torch.Tensor:
         """The fp32 tensor that the optimizer steps at stage 0: bf16 runs keep a copy apart."""
         wrapped = self.inner.optimizer
         if wrapped is self.optimizer:
@@ -330,6 +348,10 @@ def start_engine(plan: Plan, model: nn.Module) -> Engine:
         model=model, optimizer=optimizer, config=deepspeed_config(plan)
     )
     engine = Engine(inner, optimizer, names, plan.zero_stage)
+    if plan.config.deterministic:
+        inner.enable_backward_allreduce = False
+        trained = list(names.values())
+        engine.in_order = InOrder(trained, [engine.master(p) for p in trained])
     # In bf16 at stage 0 DeepSpeed makes the moments by a step of its own, and counts it: the
     # first update would be 0.74 of what Adam says.
     engine.set_step(0)

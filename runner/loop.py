@@ -59,8 +59,8 @@ def run_loop(
         tokens = int(trained[indices].sum())
         micros = deal(indices, lengths, plan.micro_batch_size)
         local = _train_step(plan, engine, data, step, micros, tokens)
-        total, *signalled = sum_over_workers([local, *signals()])
-        loss = total / tokens
+        summed = sum_over_workers([*local, *signals()])
+        loss, signalled = math.fsum(summed[: len(local)]) / tokens, summed[len(local) :]
         why = engine.update(lambda norm, step=step, loss=loss: health.judge(step, loss, norm))
         health.record(step, loss, engine.grad_norm(), why, indices.tolist())
         report = StepReport(
@@ -78,29 +78,32 @@ def run_loop(
 
 def _train_step(
     plan: Plan, engine: Engine, data: Compiled, step: int, micros: np.ndarray, tokens: int
-) -> float:
-    """Forward and backward of this worker's micro-batches → its share of the summed loss.
+) -> list[float]:
+    """Forward and backward of this worker's micro-batches → the summed loss of each slice of each
+    micro-batch, 0 where it is another worker's: summed over workers, they are in one order.
 
     Every worker knows the whole step's samples, hence its trained tokens, without asking anyone.
-    DeepSpeed averages gradients over workers; × world_size makes a sum of that, also where a
+    DeepSpeed averages gradients over workers; × averaged_over makes a sum of that, also where a
     micro-batch is split over several: each has the gradient of its own tokens.
     Where the micro-batches do not divide over the lanes, those without one in the last round
     repeat one at weight 0: under ZeRO a forward and a backward are collectives.
     """
-    _, world = ranks()
-    lane, own = divmod(ranks()[0], plan.sequence_parallel_size)
+    split = plan.sequence_parallel_size
+    lane, own = divmod(ranks()[0], split)
     engine.inner.train()
-    total = 0.0
+    losses = [0.0] * (len(micros) * split)
     for start in range(0, len(micros), plan.lanes):
+        busy = min(plan.lanes, len(micros) - start)
         number = min(start + lane, len(micros) - 1)  # the last one is the shortest
-        weight = 1.0 if start + lane < len(micros) else 0.0
+        weight = 1.0 if lane < busy else 0.0
         # Dropout depends on which slice of which micro-batch this is, never on who computes it.
         torch.manual_seed(_mix(plan.config.seed, step, number, own))
         batch = _tensors(plan, engine, data, micros[number])
         loss = token_loss_sum(engine.inner, batch)
-        engine.backward(loss * (weight * world / tokens))
-        total += weight * loss.item()
-    return total
+        engine.backward(loss * (weight * engine.averaged_over / tokens), busy * split)
+        if lane < busy:
+            losses[number * split + own] = loss.item()
+    return losses
 
 
 def _mix(*parts: int) -> int:
@@ -124,21 +127,21 @@ def held_out_loss(plan: Plan, engine: Engine, data: Compiled) -> tuple[float, in
     Every worker must call. Workers with fewer micro-batches repeat one at weight 0: under ZeRO-3
     a forward is a collective, and all must do as many.
     """
-    lane, own = divmod(ranks()[0], plan.sequence_parallel_size)
+    split = plan.sequence_parallel_size
+    lane, own = divmod(ranks()[0], split)
     count = min(len(data), plan.config.evaluation.max_samples)
     order = np.argsort(-data.lengths[:count], kind="stable")
     size = plan.micro_batch_size
     micros = [order[i : i + size] for i in range(0, count, size)]
     engine.inner.eval()
-    loss = tokens = 0.0
+    losses = [0.0] * (len(micros) * split)
     with torch.no_grad():
         for start in range(0, len(micros), plan.lanes):
             number = start + lane
             samples = micros[min(number, len(micros) - 1)]
             value = token_loss_sum(engine.inner, _tensors(plan, engine, data, samples)).item()
             if number < len(micros):
-                loss += value
-                tokens += 0 if own else float(data.trained_lengths[samples].sum())
+                losses[number * split + own] = value
     engine.inner.train()
-    loss, tokens = sum_over_workers([loss, tokens])
-    return loss / tokens, int(tokens), count
+    tokens = int(data.trained_lengths[order].sum())
+    return math.fsum(sum_over_workers(losses)) / tokens, tokens, count

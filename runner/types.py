@@ -95,8 +95,9 @@ class Plan:
 
         World size, micro-batch, accumulation, ZeRO stage and folders are left out: a run may
         be resumed on another fleet. So are the parts of the config that only watch the run.
+        Under `deterministic`, whatever decides a bit is in it.
         """
-        numbers = decides_numbers(self.config.model_dump(mode="json"))
+        numbers = decides_numbers(self.config.model_dump(mode="json"), self.kernels)
         return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
 
     def replace(self, **changes: Any) -> Plan:
@@ -108,14 +109,23 @@ NOT_NUMBERS = ("fleet", "checkpoint", "tracking", "samples", "output_dir", "eval
 decided until then is in the checkpoint."""
 
 
-def decides_numbers(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a dumped Config that decides what is trained; a copy."""
+def decides_numbers(config: dict[str, Any], kernels: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """The part of a dumped Config that decides what is trained; a copy. `kernels`: of the plan."""
     numbers: dict[str, Any] = json.loads(json.dumps(config))
-    for key in NOT_NUMBERS:
-        numbers.pop(key, None)
-    numbers["optim"].pop("micro_batch_size")
+    deterministic = bool(numbers.pop("deterministic"))
+    micro, fleet = numbers["optim"].pop("micro_batch_size"), numbers["fleet"]
+    chosen = {op: kernels[op]["backend"] for op in numbers["kernels"] if op in kernels}
     # Backends agree up to the rounding of one arithmetic, as fleets do; arithmetics differ more.
     numbers["kernels"] = {"cpu_gemm": numbers["kernels"]["cpu_gemm"]}
+    for key in NOT_NUMBERS:
+        numbers.pop(key, None)
+    if deterministic:
+        numbers["deterministic"] = {
+            "micro_batch_size": micro,
+            "sequence_parallel_size": fleet["sequence_parallel_size"],
+            "cpus_per_worker": fleet["cpus_per_worker"],
+            "kernels": chosen,
+        }
     # Where a file lies is no number; what is in it has the data digest of the manifest.
     for section, key in (("data", "train"), ("data", "eval"), ("model", "path")):
         numbers[section].pop(key)

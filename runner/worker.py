@@ -40,6 +40,7 @@ from trimpot.runner.errors import (
     WorkerStorageError,
 )
 from trimpot.runner.health import Health
+from trimpot.runner.in_order import fix_arithmetic
 from trimpot.runner.journal import Journal
 from trimpot.runner.loop import run_loop
 from trimpot.runner.model import (
@@ -73,6 +74,7 @@ def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False)
     data, held_out = _data(run)
     assert plan.total_steps is not None
 
+    fix_arithmetic(plan.config)
     model = build_model(plan, engines.deepspeed_config(plan))
     parameters, trained = count_parameters(model)
     clock.tell("model")

@@ -1,9 +1,10 @@
 """Runs prepared plans in one process group: `torchrun … arrangements.py RESULT PLAN.json[@STEP] …`.
 
 Many engines in one process, since a process costs 8 s to start and a tiny run 2. With @STEP a run
-is told to stop after that step, and goes on in a second start.
-Rank 0 writes {argument: [loss of each step], "argument#held-out": [held-out losses]} to RESULT, and
-adds the samples of each step to RUN/samples.jsonl.
+is told to stop after that step, and goes on in a second start; with @STEP! it does not.
+Rank 0 writes {argument: [loss of each step], "argument#held-out": [held-out losses],
+"argument#norms": [gradient's norm of each step]} to RESULT, and adds the samples of each step to
+RUN/samples.jsonl.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from trimpot.runner.types import Event, Plan, StepReport
 from trimpot.runner.worker import train
 
 
-def run(plan: Plan, stop_after: int | None) -> tuple[list[float], list[float]]:
-    """(losses of all steps, held-out losses)"""
+def run(plan: Plan, stop_after: int | None, for_good: bool) -> dict[str, list[float]]:
+    """{"": losses of all steps, "#held-out": held-out losses, "#norms": norms of all steps}"""
     flag = Path(plan.run_dir, "stop")
     losses: list[float] = []
     held_out: list[float] = []
+    norms: list[float] = []
 
     def hear(told: object) -> None:
         if isinstance(told, StepReport):
             losses.append(told.loss)
+            norms.append(told.grad_norm)
             if told.step + 1 == stop_after:
                 flag.touch()
         elif isinstance(told, Event) and told.kind == "eval":
@@ -46,14 +49,14 @@ def run(plan: Plan, stop_after: int | None) -> tuple[list[float], list[float]]:
 
     loop.deal = watched
     try:
-        train_through(plan, hear, stop_after, flag)
+        train_through(plan, hear, stop_after, flag, for_good)
     finally:
         loop.deal = deal
-    return losses, held_out
+    return {"": losses, "#held-out": held_out, "#norms": norms}
 
 
 def train_through(
-    plan: Plan, hear: Callable[[object], None], stop_after: int | None, flag: Path
+    plan: Plan, hear: Callable[[object], None], stop_after: int | None, flag: Path, for_good: bool
 ) -> None:
     if stop_after == 1:
         flag.touch()
@@ -63,6 +66,8 @@ def train_through(
         dist.barrier()
         flag.unlink(missing_ok=True)
         dist.barrier()
+        if for_good:
+            return
         last = train(plan, hear)
     assert last.complete
 
@@ -74,8 +79,9 @@ def main() -> None:
     for argument in arguments:
         path, _, stop_after = argument.partition("@")
         plan = plan_from_json(Path(path).read_text())
-        curves = run(plan, int(stop_after) if stop_after else None)
-        losses[argument], losses[f"{argument}#held-out"] = curves
+        step, for_good = stop_after.rstrip("!"), stop_after.endswith("!")
+        curves = run(plan, int(step) if step else None, for_good)
+        losses |= {argument + which: curve for which, curve in curves.items()}
         gc.collect()
     if engine.ranks()[0] == 0:
         Path(result).write_text(json.dumps(losses))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimpot.kernels.dispatch import AUTO, choose
+from trimpot.kernels.dispatch import AUTO, choose, preferred_arithmetic
 from trimpot.runner.config import Config
 from trimpot.runner.plan.facts import ModelFacts
 from trimpot.runner.plan.nf4_files import NF4
@@ -31,6 +31,9 @@ def choose_kernels(config: Config, fleet: Fleet, facts: ModelFacts) -> dict[str,
     device = "cuda" if fleet.gpus_per_node else "cpu"
     dtype = "bfloat16" if config.precision == "bf16" else "float32"
     chosen: dict[str, dict[str, str]] = {}
+    gemm = section.cpu_gemm
+    if config.deterministic and gemm == AUTO and dtype == "bfloat16" and device == "cpu":
+        gemm = preferred_arithmetic()  # a measurement may fall otherwise in another worker
     # Packs of weights that are dequantised for each call would be made as often.
     packs_are_lost = (
         config.model.quantization == NF4 and device == "cpu" and section.cpu_gemm == AUTO
@@ -44,7 +47,7 @@ def choose_kernels(config: Config, fleet: Fleet, facts: ModelFacts) -> dict[str,
         if wanted == OFF:
             chosen[op] = {"backend": OFF, "why": "asked for; transformers' own code"}
             continue
-        known: dict[str, Any] = {"device": device, "dtype": dtype, "gemm": section.cpu_gemm}
+        known: dict[str, Any] = {"device": device, "dtype": dtype, "gemm": gemm}
         if op == "adamw_step":  # its state is fp32, whatever the model's type, and may live apart
             known["dtype"] = "float32"
             known["device"] = "cpu" if config.fleet.offload_optimizer else device

@@ -69,13 +69,23 @@ def predict_memory(
     ours = Ours(config, facts, kernels or {})
     return Memory(
         weights=weights + ours.packs(),
-        gradients=trained * item // (world if stage >= 2 else 1),
+        gradients=_gradients(config, trained, item, at),
         optimizer=0 if config.fleet.offload_optimizer else optimizer,
         activations=_activations(config, facts, at.micro_batch_size, item, ours),
         logits=ours.logit_rows(_tokens(config, facts, at.micro_batch_size))
         * facts.vocab
         * (item + 8),
     )
+
+
+def _gradients(config: Config, trained: int, item: int, at: Arrangement) -> int:
+    if not config.deterministic:
+        return trained * item // (at.world_size if at.zero_stage >= 2 else 1)
+    # Own ones, those of others on their way, and the fp32 sum: a slice of it, at last the whole.
+    # Where the number of workers may change, one alone is not the dearest.
+    alone = at.world_size == 1 and config.fleet.worker_range is None
+    exchanged = 0 if alone else item + 4
+    return trained * (item + exchanged) + 4 * trained // at.world_size
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,7 @@ class Ours:
         """Frozen linear layers and the head once more, as CPU products of 16 bits want them."""
         if self.config.method != "lora" or not self._backend("lora_linear").startswith("cpp"):
             return 0
-        gemm = self.config.kernels.cpu_gemm
+        gemm = self._backend("lora_linear").partition(":")[2] or self.config.kernels.cpu_gemm
         low = gemm == "auto" and self.config.precision == "bf16"
         each = PACKED_BYTES.get(gemm, 2 if low else 0)
         sizes = [d_out * d_in for d_out, d_in in self.facts.linears("all-linear").values()]

@@ -196,13 +196,14 @@ def _arrange(
     if wanted == "auto":
         lowest = 1 if config.fleet.offload_optimizer else 0
         highest = 3 if config.model.quantization == "none" else 2  # which partitions no 4 bits
-        stages = [lowest] if world == 1 else list(range(lowest, highest + 1))
+        alone = world == 1 or config.deterministic
+        stages = [lowest] if alone else list(range(lowest, highest + 1))
     else:
         stages = [wanted]
     given = config.optim.micro_batch_size
     micros = divisors if given == "auto" else [given]
     if not fleet.memory_bytes:  # unknown memory: nothing to fit into
-        return stages[-1] if world > 1 and wanted == "auto" else stages[0], micros[-1]
+        return stages[-1], micros[-1]
     smallest: Memory | None = None
     for stage in stages:
         for micro in micros:

@@ -180,3 +180,17 @@ def test_schema_and_config_agree(sections: dict[str, Any]) -> None:
         assert not valid
     else:
         assert valid
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"fleet": {"zero_stage": 2}}, "set fleet.zero_stage 0 or auto; 2 is set"),
+        ({"fleet": {"offload_optimizer": True}}, "set offload_optimizer: false"),
+        ({"optim": {}}, "auto would make others .* set optim.micro_batch_size to a number"),
+    ],
+)
+def test_deterministic_refuses_what_it_can_not_keep(sections: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"test: deterministic is true, .*{said}") as error:
+        config(**{"deterministic": True, "optim": {"micro_batch_size": 1}} | sections)
+    assert "\n" not in str(error.value)

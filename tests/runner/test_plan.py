@@ -20,6 +20,8 @@ from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trimpot.kernels import native
+from trimpot.kernels.cpp.rates import permitted
+from trimpot.kernels.dispatch import preferred_arithmetic
 from trimpot.kernels.errors import BackendError
 from trimpot.runner.adapters.lora import add_lora
 from trimpot.runner.config import Config, all_keys, check_config
@@ -37,7 +39,7 @@ from trimpot.runner.plan.plan import (
     plan_to_json,
 )
 from trimpot.runner.tasks.causal_lm import token_loss_sum
-from trimpot.runner.types import Fleet
+from trimpot.runner.types import Fleet, Plan
 
 SIZES = {
     "vocab_size": 96,
@@ -444,10 +446,10 @@ OTHER: dict[str, Any] = {
 """Another value for each key. Names that are not here get "x", counts 3."""
 
 
-WITH = ("task", "freeze.trainable", "model.double_quant")
+WITH = ("task", "freeze.trainable", "model.double_quant", "deterministic")
 ALONE = [key for key in all_keys() if key not in WITH]
-"""Keys that can be set without another: a task has one value, freeze wants its method, and
-double_quant a quantization."""
+"""Keys that can be set without another: a task has one value, freeze wants its method,
+double_quant a quantization, and deterministic a micro-batch size."""
 
 
 @pytest.mark.parametrize("key", ALONE)
@@ -463,6 +465,62 @@ def test_the_digest_knows_what_decides_the_numbers(key: str, facts: ModelFacts) 
     assert (before.digest == after.digest) == (key in NO_NUMBERS)
     elsewhere = before.replace(run_dir="/q", world_size=8, micro_batch_size=2, zero={"stage": 3})
     assert elsewhere.digest == before.digest
+
+
+def deterministic(facts: ModelFacts, memory: int = 0, /, **sections: Any) -> Plan:
+    raw = {"data": {"train": "t", "max_length": 32}, "deterministic": True} | sections
+    raw["optim"] = {"batch_size": 8, "micro_batch_size": 2} | sections.get("optim", {})
+    return make_plan(run(**raw), Fleet(memory_bytes=memory), facts, "/r")
+
+
+def test_under_deterministic_the_digest_knows_what_decides_a_bit(facts: ModelFacts) -> None:
+    plan = deterministic(facts)
+    for other in (
+        deterministic(facts, deterministic=False),
+        deterministic(facts, optim={"micro_batch_size": 1}),
+        deterministic(facts, fleet={"cpus_per_worker": 2}),
+        deterministic(facts, fleet={"sequence_parallel_size": 2}),
+        deterministic(facts, kernels={"lora_linear": "torch"}),
+    ):
+        assert other.digest != plan.digest
+    for same in (
+        for_workers(plan, 3),
+        deterministic(facts, fleet={"workers": 4, "zero_stage": 0, "gpu": "H100"}),
+        plan.replace(run_dir="/q", kernels={**plan.kernels, "pack": {"backend": "torch"}}),
+    ):
+        assert same.digest == plan.digest
+
+
+def test_deterministic_runs_at_stage_0_and_pays_for_its_sums(facts: ModelFacts) -> None:
+    """Also where another stage would fit better; gradients are there twice, and an fp32 sum."""
+    full: dict[str, Any] = {"method": "full", "fleet": {"workers": 4}, "precision": "bf16"}
+    plan = deterministic(facts, 2**30, **full)
+    assert (plan.zero_stage, deterministic(facts, **full).zero_stage) == (0, 0)
+    alone = for_workers(plan, 1, facts)
+    assert plan.memory is not None and alone.memory is not None
+    assert plan.memory.gradients == facts.parameters * (2 + 2 + 4 + 1)
+    assert alone.memory.gradients == facts.parameters * (2 + 4)
+    full["fleet"] = {"workers": {"min": 1, "max": 4}}
+    ranged = deterministic(facts, **full)
+    assert (ranged.zero_stage, ranged.world_size) == (0, 4)
+    assert ranged.memory is not None and ranged.memory.gradients >= plan.memory.gradients
+    with pytest.raises(PlanError, match="the least this run needs"):
+        deterministic(facts, plan.memory.total // 2, **full)
+
+
+def test_deterministic_measures_no_arithmetic(facts: ModelFacts) -> None:
+    """A product of bf16 is otherwise chosen by a measurement in each worker."""
+    if not native.state().available:
+        pytest.skip(native.state().why)
+    wanted = f"cpp:{preferred_arithmetic()}"
+    assert wanted != "cpp:auto"
+    bf16 = {"precision": "bf16"}
+    assert deterministic(facts, **bf16).kernels["lora_linear"]["backend"] == wanted
+    asked = deterministic(facts, kernels={"cpu_gemm": "fp32"}, **bf16)
+    assert asked.kernels["lora_linear"]["backend"] == "cpp:fp32"
+    fp32 = deterministic(facts)
+    assert fp32.kernels["lora_linear"]["backend"] == "cpp"
+    assert permitted("auto", torch.float32) in (("fp32",), ("torch",))
 
 
 def test_the_digest_knows_double_quantisation(facts: ModelFacts) -> None:
