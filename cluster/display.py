@@ -85,9 +85,9 @@ class Display:
         """Take one event of the journal. Kinds that are not known are passed over."""
         with self._lock:
             self._run.add(event, self.clock())
-        if event["kind"] == "warning":
+        if event["kind"] in ("warning", "straggler"):
             self._print(Text(f"warning: {clean(event['text'])}", style="yellow"))
-        elif event["kind"] in ("failure", "leave"):
+        elif event["kind"] in ("failure", "leave", "hang"):
             self._print(Text(clean(_parting(event)), style="yellow"))
         elif self._live is None and (line := self._plain(event)):
             self._print(Text(line))
@@ -314,6 +314,8 @@ class Trend:
 
 def _parting(event: Event) -> str:
     """Why a start of the run ended, and what follows."""
+    if event["kind"] == "hang":
+        return event["text"]
     if event["kind"] == "leave":
         return f"{event['text']}: saving after this step, then starting again"
     text = f"{event['verdict']} after step {event['step']}: {event['text']}; {event['why']}"

@@ -7,24 +7,29 @@ import importlib
 import logging
 import os
 import secrets
+import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimpot.cluster.rooms import worker_gpus
 from trimpot.cluster.verdict import explain
+from trimpot.cluster.watch import Watch
 from trimpot.runner.errors import ClusterError
 from trimpot.runner.plan.plan import plan_to_json
-from trimpot.runner.types import Plan
+from trimpot.runner.pulse import FOLDER
+from trimpot.runner.types import Event, Plan
 
 log = logging.getLogger(__name__)
 MANY_WORKERS = 64
 ANSWER_WITHIN_S = 5.0
 """How long a cluster's address may take to accept a connection."""
+NODE_ANSWERS_S = 20.0
+"""How long a node may take to start a task and do it, of those that end a hang."""
 
 
 def secure_environment() -> dict[str, str]:
@@ -167,12 +172,19 @@ class Outcome:
     complete: bool
 
 
-def run_plan(plan: Plan, watch: Callable[[Callable[[], bool]], None], local: bool) -> Outcome:
+def run_plan(
+    plan: Plan,
+    watch: Callable[[Callable[[], bool]], None],
+    tell: Callable[[Event], None],
+    local: bool,
+) -> Outcome:
     """Start the plan's workers under Ray Train once, and wait until they end.
 
     `local`: Ray was started by this process, and is as large as it will ever be.
     `watch(ended)` runs in the calling thread meanwhile and returns once `ended()` is true.
-    Raises the worker's own TrimpotError, or a WorkerError whose cause is Ray's exception.
+    `tell` writes an event into the journal, from a thread of its own.
+    Raises the worker's own TrimpotError, HangError if they stood still, or a WorkerError whose
+    cause is Ray's exception.
     """
     # A worker that died is noticed by the controller's next look; its default is 2 s.
     if plan.world_size <= MANY_WORKERS:
@@ -180,17 +192,57 @@ def run_plan(plan: Plan, watch: Callable[[Callable[[], bool]], None], local: boo
     if local:  # it ends with this process: nothing outlives it, and nobody will preempt it
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     result: list[Any] = []
-    thread = threading.Thread(target=lambda: result.append(_fit(plan, local)), daemon=True)
-    thread.start()
-    watch(lambda: not thread.is_alive())
-    thread.join()
+    run = Path(plan.run_dir)
+    with _pulses(run) as folder, Watch(folder, run, plan.world_size, tell, on_nodes) as watcher:
+        thread = threading.Thread(
+            target=lambda: result.append(_fit(plan, folder, local)), daemon=True
+        )
+        thread.start()
+        watch(lambda: not thread.is_alive())
+        thread.join()
     if isinstance(result[0], BaseException):
-        raise explain(result[0]) from result[0]
+        raise watcher.error or explain(result[0]) from result[0]
     values = result[0].return_value
     return Outcome(step=values["step"], complete=values["complete"])
 
 
-def _fit(plan: Plan, local: bool) -> Any:
+@contextlib.contextmanager
+def _pulses(run: Path) -> Iterator[Path]:
+    """A folder for the pulses of one start; a worker left over from another one has no part in
+    it."""
+    every = run / "pulse"
+    shutil.rmtree(every, ignore_errors=True)
+    folder = every / secrets.token_hex(4)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(every, ignore_errors=True)
+
+
+def on_nodes(function: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Call a function on nodes, each with its input → {node id: result}, without the nodes that
+    do not answer in NODE_ANSWERS_S. Takes no CPU that a worker would need."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    answers: dict[str, Any] = {}
+    for node, value in inputs.items():
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        task = ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+        answers[node] = task.remote(value)
+    ready, late = ray.wait([*answers.values()], num_returns=len(answers), timeout=NODE_ANSWERS_S)
+    found: dict[str, Any] = {}
+    for node, answer in answers.items():
+        if answer in ready:
+            with contextlib.suppress(ray.exceptions.RayError):
+                found[node] = ray.get(answer)
+    for answer in late:
+        ray.cancel(answer, force=True)
+    return found
+
+
+def _fit(plan: Plan, pulses: Path, local: bool) -> Any:
     """Ray Train's Result, or the exception it raised."""
     import ray.train
 
@@ -205,6 +257,7 @@ def _fit(plan: Plan, local: bool) -> Any:
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"
     environment["OMP_WAIT_POLICY"] = "passive"
+    environment[FOLDER] = str(pulses)
     trainer = Trainer(
         _worker,
         train_loop_config={"plan": plan_to_json(plan), "handed": time.time()},

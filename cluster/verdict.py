@@ -62,7 +62,7 @@ def verdict(
     gone.
     """
     if not isinstance(error, WorkerError):
-        kind, rank = KINDS.get(type(error).__name__, "mistake"), None
+        kind, rank = KINDS.get(type(error).__name__, "mistake"), getattr(error, "rank", None)
     else:
         assert error.__cause__ is not None
         rank, cause = _culprit(error.__cause__)

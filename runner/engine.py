@@ -23,6 +23,7 @@ from torch import nn
 
 from trimpot.runner.fused.exchange import Workers
 from trimpot.runner.optimizer import AdamW
+from trimpot.runner.pulse import PULSE
 from trimpot.runner.types import Plan
 
 State = dict[str, dict[str, torch.Tensor]]
@@ -100,6 +101,7 @@ class Engine:
 
         Gradients are summed over accumulation steps and averaged over workers.
         """
+        PULSE.enter("backward")
         self.inner.backward(loss, scale_wrt_gas=False)
         if (
             self.inner.optimizer is self.optimizer
@@ -108,6 +110,7 @@ class Engine:
             # At stage 0 in fp32 DeepSpeed clips without telling the norm.
             gradients = [p.grad for p in self.names.values() if p.grad is not None]
             self.plain_norm = float(torch.nn.utils.get_total_norm(gradients))
+        PULSE.enter("optimizer")
         self.inner.step()  # updates at the last accumulation step only
 
     def set_learning_rate(self, value: float) -> None:
@@ -347,15 +350,17 @@ def texts(text: str) -> list[str]:
     tensor[1 : 1 + len(raw)] = torch.tensor(list(raw), dtype=torch.int32)
     tensor = tensor.to(device())
     gathered = [torch.empty_like(tensor) for _ in range(ranks()[1])]
-    dist.all_gather(gathered, tensor)
-    return [bytes(x[1 : 1 + int(x[0])].tolist()).decode(errors="replace") for x in gathered]
+    with PULSE.meeting():
+        dist.all_gather(gathered, tensor)
+        return [bytes(x[1 : 1 + int(x[0])].tolist()).decode(errors="replace") for x in gathered]
 
 
 def sum_over_workers(values: list[float]) -> list[float]:
     """Each value summed over all workers, in float64."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device())
-    dist.all_reduce(tensor)
-    return tensor.tolist()
+    with PULSE.meeting():  # on a GPU, which computes behind our back, the values are waited for
+        dist.all_reduce(tensor)
+        return tensor.tolist()
 
 
 def leave_workers() -> None:

@@ -58,6 +58,15 @@ class WorkerError(TrainError):
     """A worker ended by something that is no error of ours; Ray's exception is its cause."""
 
 
+class HangError(TrainError):
+    """The workers stood still and were ended. `rank`: whom the others waited for, if that is
+    known."""
+
+    def __init__(self, text: str, rank: int | None = None):
+        super().__init__(text)
+        self.rank = rank
+
+
 class SaveError(TrimpotError):
     """What was trained could not be saved at the end, or where the run was told to stop."""
 

@@ -18,6 +18,7 @@ from trimpot.runner.data.compile import Compiled
 from trimpot.runner.engine import Engine
 from trimpot.runner.errors import CheckpointError, SaveError
 from trimpot.runner.loop import held_out_loss
+from trimpot.runner.pulse import PULSE
 from trimpot.runner.sample import answer_prompts
 from trimpot.runner.saver import Failed, Pace, Saved, Saver
 from trimpot.runner.types import Checkpoint, Event, Plan, StepReport
@@ -82,6 +83,7 @@ class Session:
         self.report(step)
         return bool(stop)
 
+    @PULSE.within("evaluate")
     def evaluate(self, step: int) -> float | None:
         if self.held_out is None:
             return None
@@ -90,6 +92,7 @@ class Session:
         self.report(Event("eval", values))
         return loss
 
+    @PULSE.within("generate")
     def show(self, when: str) -> None:
         """Answer held-out prompts. All workers do: under ZeRO-3 generating is a collective."""
         section = self.plan.config.samples
@@ -103,6 +106,7 @@ class Session:
             values = {"when": when, "prompt": question, "answer": answer, "reference": reference}
             self.report(Event("sample", values))
 
+    @PULSE.within("save")
     def _begin(self, step: int, complete: bool) -> None:
         """Copy what is trained, and have it written. Under ZeRO every worker must call."""
         began = time.perf_counter()
@@ -146,6 +150,7 @@ class Session:
                 values["next_seconds"] = self.pace.every_s
             self.report(Event("checkpoint", values))
 
+    @PULSE.within("save")
     def save(self, step: int, complete: bool) -> Checkpoint:
         """Save, and wait until that is durable. Raises SaveError on all workers."""
         self._hear(self.saver.finish())

@@ -45,6 +45,7 @@ from trimpot.runner.model import (
     kernels_of,
 )
 from trimpot.runner.plan.plan import plan_from_json
+from trimpot.runner.pulse import PULSE
 from trimpot.runner.session import Report, Session
 from trimpot.runner.types import NODE, Checkpoint, Event, Plan
 
@@ -66,13 +67,16 @@ def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False)
     data, held_out = _data(run)
     assert plan.total_steps is not None
 
+    PULSE.enter("model")
     model = build_model(plan, engines.deepspeed_config(plan))
     parameters, trained = count_parameters(model)
     clock.tell("model")
+    PULSE.enter("load")
     found = _newest_good(run / "checkpoints", report)
     reader = _matching(plan, data, model, *found) if found is not None else None
     if reader is not None:
         engines.load_weights(model, reader.whole, plan.zero_stage)
+    PULSE.enter("engine")
     engine = start_engine(plan, model)
     if found is not None and reader is not None:
         engine.load_moments(reader.part, found[0].step)
@@ -94,7 +98,8 @@ def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False)
             if stopped:
                 break
     finally:
-        session.saver.close()
+        with PULSE.within("save"):
+            session.saver.close()
     assert session.last is not None
     if session.last.complete:
         session.show("after")
@@ -235,8 +240,11 @@ def run_worker(
     # Who has whole layers recomputed gives time for memory.
     if plan.config.model.activation_checkpointing is True and not torch.cuda.is_available():
         give_back_freed_memory()
+    PULSE.start(int(os.environ.get("RANK", "0")), plan.world_size)
     engines.join_workers()
     rank, _ = engines.ranks()
+    if torch.cuda.is_available():
+        PULSE.measure_gpu()
     journal = Journal(run, mend=True) if rank == 0 else None
     report: Report = journal or (lambda event: None)
     if handed is not None:
@@ -250,6 +258,7 @@ def run_worker(
     finally:
         if journal:
             journal.close()
+        PULSE.end()
     engines.leave_workers()
     return {"step": last.step, "complete": last.complete, "seconds": time.time() - started}
 
