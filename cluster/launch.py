@@ -224,18 +224,20 @@ def on_nodes(function: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[st
     """Call a function on nodes, each with its input → {node id: result}, without the nodes that
     do not answer in NODE_ANSWERS_S. Takes no CPU that a worker would need."""
     import ray
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0}
     answers: dict[str, Any] = {}
     for node, value in inputs.items():
         there = NodeAffinitySchedulingStrategy(node, soft=False)
-        task = ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-        answers[node] = task.remote(value)
+        task: Any = ray.remote(function)
+        answers[node] = task.options(scheduling_strategy=there, **options).remote(value)
     ready, late = ray.wait([*answers.values()], num_returns=len(answers), timeout=NODE_ANSWERS_S)
     found: dict[str, Any] = {}
     for node, answer in answers.items():
         if answer in ready:
-            with contextlib.suppress(ray.exceptions.RayError):
+            with contextlib.suppress(RayError):
                 found[node] = ray.get(answer)
     for answer in late:
         ray.cancel(answer, force=True)

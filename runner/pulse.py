@@ -13,6 +13,7 @@ import dataclasses
 import faulthandler
 import functools
 import json
+import logging
 import os
 import signal
 import socket
@@ -42,6 +43,7 @@ WINDOW = 20
 """Steps that a worker's own time is the median of."""
 COMPILERS = ("/triton/compiler/", "/torch/_inductor/", "/torch/utils/cpp_extension.py")
 """Files of Python code that compiles. Kernels meet new shapes in the middle of a run."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -209,14 +211,12 @@ class _Writer(threading.Thread):
 
     def run(self) -> None:
         while True:
-            # A disk that is full or away for a while costs beats; a folder that was removed is of
-            # a start that is over.
             try:
                 self.write()
-            except FileNotFoundError:
+            except FileNotFoundError:  # the folder was removed: this start is over
                 return
-            except OSError:
-                pass
+            except Exception as error:  # a full disk costs beats; nothing may end them for good
+                log.debug("no pulse of rank %s: %s", self.facts["rank"], error)
             if self.over.wait(self.every_s):
                 return
 
@@ -271,7 +271,7 @@ def _newest_collective() -> tuple[int, str, bool]:
     """(how many were begun, the last one's name and sizes, whether it is under way), of all
     process groups of this process."""
     recorder = _recorder()
-    entries = json.loads(recorder())["entries"] if recorder is not None else []
+    entries = json.loads(recorder()).get("entries", []) if recorder is not None else []
     if not entries:
         return 0, "", False
     last = max(entries, key=lambda entry: entry["record_id"])

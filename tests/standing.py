@@ -1,4 +1,4 @@
-"""Trains a prepared plan under torchrun while one rank misbehaves: `standing.py PLAN.json FAULT RANK`.
+"""Trains a prepared plan under torchrun, one rank of it faulty: `standing.py PLAN.json FAULT RANK`.
 
 Faults, from step FROM on: `sleep` does not come to its next collective; `slow` takes twice as long
 for its forward, data included; `spin` never leaves C code that holds Python's lock.
@@ -33,7 +33,8 @@ def main() -> None:
         return engine.ranks()[0] == int(rank)
 
     def faulty_sum(values: list[float]) -> list[float]:
-        steps.append(len(steps) + 1)
+        if len(values) > 2:  # a step's, not an evaluation's
+            steps.append(len(steps) + 1)
         if mine() and len(steps) >= FROM and fault in ("sleep", "spin"):
             {"sleep": sleep, "spin": spin}[fault]()
         return summed(values)

@@ -269,9 +269,7 @@ def windows(ratio: float, sigma: float, count: int, seed: int, world: int = 4) -
 def told(beats: Iterator[dict], world: int = 4) -> list[tuple[int, int]]:
     rule = Stragglers()
     return [
-        (number, slow.rank)
-        for number, b in enumerate(beats, 1)
-        for slow in rule.observe(b, world)
+        (number, slow.rank) for number, b in enumerate(beats, 1) for slow in rule.observe(b, world)
     ]
 
 

@@ -17,13 +17,12 @@ from typing import Any
 import psutil
 import pytest
 from runs import HERE, config, prepared, settings, write_yaml
-from test_train import finish, journal, start, wait_for
 from tiny import chat_data
 
 from trimpot.cluster import watch
 from trimpot.cluster.hang import FLOOR_S
 from trimpot.cluster.watch import Watch
-from trimpot.runner.pulse import FOLDER, PULSE, Pulse, read_beats
+from trimpot.runner.pulse import FOLDER, Pulse, read_beats
 from trimpot.runner.types import Event
 
 NOTICED_S = 5.0
@@ -71,6 +70,10 @@ def faulty(model: Path, folder: Path, fault: str, **optim: Any) -> Iterator[tupl
                 if any("standing.py" in part for part in child.cmdline()):
                     child.kill()
         process.wait()
+
+
+def journal(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
 
 
 def until(condition: Callable[[], Any], process: subprocess.Popen, timeout: float = 240) -> None:
@@ -130,16 +133,18 @@ def test_a_slow_worker_is_a_straggler(model, tmp_path):
     assert watcher.error is None
 
 
-def test_what_a_pulse_costs(tmp_path, monkeypatch):
+def test_what_a_pulse_costs(tmp_path):
     """CPU time of a beat, with a full recorder as far as torch keeps one."""
     from trimpot.runner.pulse import _Writer
 
-    monkeypatch.setattr(PULSE, "_writer", None)
     pulse = Pulse()
     for step in range(300):
         pulse.begin_step(step)
     writer = _Writer(pulse, tmp_path, 0, 1)
-    writer.write()
+    writer.start()
+    writer.over.set()
+    writer.join()
+    assert writer.count == 1
     began = time.thread_time()
     for _ in range(100):
         writer.write()
@@ -185,7 +190,11 @@ def run_yaml(model, tmp_path) -> Path:
 @pytest.mark.slow
 def test_a_stopped_worker_of_a_ray_run_is_named_and_ended(run_yaml, tmp_path):
     run = tmp_path / "run"
-    process = start(run_yaml)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trimpot.cluster.cli", "train", str(run_yaml)],
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     beats: dict = {}
 
     def timed() -> bool:
@@ -193,11 +202,12 @@ def test_a_stopped_worker_of_a_ray_run_is_named_and_ended(run_yaml, tmp_path):
             beats.update(read_beats(folder, 2))
         return len(beats) == 2 and all(beat.steps >= 20 for beat in beats.values())
 
-    wait_for(timed, process, 240)
+    until(timed, process)
     pid = beats[1].pid
     os.kill(pid, signal.SIGSTOP)
     stopped = time.time()
-    out, err = finish(process, 1)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 1, out + err
     assert not psutil.pid_exists(pid)
     (event,) = (e for e in journal(run) if e["kind"] == "hang")
     assert (event["rank"], event["silent"]) == (1, [1])
