@@ -169,9 +169,11 @@ def _told(
         f"{_named(ranks)} on {beat.host} stood still for {still_s:.0f} s in {beat.section} of step "
         f"{beat.step}{state}, {_last(beat)}"
     )
-    others = [s.beat for rank, s in there.items() if rank not in ranks and s.beat.waiting]
+    others = {r: s.beat for r, s in there.items() if r not in ranks and s.beat.waiting}
     if others:
-        text += f"; {len(others)} waited in {others[0].collective}, number {others[0].collectives}"
+        met = next(iter(others.values()))
+        waits = "waits" if len(others) == 1 else "wait"
+        text += f"; {_named(tuple(others))} {waits} in {met.collective}, number {met.collectives}"
     return text
 
 

@@ -69,7 +69,7 @@ def test_a_worker_that_stopped_is_named():
     assert "worker 1 on h stood still for 6 s in forward of step 9" in hang.text
     assert "its process does not run" in hang.text
     assert "after gloo:all_reduce [5], number 30" in hang.text
-    assert "2 waited in gloo:all_reduce [5], number 31" in hang.text
+    assert "workers 0, 2 wait in gloo:all_reduce [5], number 31" in hang.text
 
 
 def test_a_worker_that_others_wait_for_is_named():

@@ -96,7 +96,7 @@ def test_a_worker_that_never_comes_to_its_collective(model, tmp_path):
     assert values["step"] == 12 and values["section"] == "optimizer"
     assert values["last_collective"].startswith("gloo:")
     assert watcher.error is not None and watcher.error.rank == 1
-    assert "1 waited in gloo:all_reduce" in str(watcher.error)
+    assert "worker 0 waits in gloo:all_reduce" in str(watcher.error)
     page = Path(values["stacks_file"]).read_text()
     first, second = page.split("--- stacks of worker ")[1:]
     assert "sum_over_workers" in first and "all_reduce" in first
