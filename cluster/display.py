@@ -86,12 +86,12 @@ class Display:
         """Take one event of the journal. Kinds that are not known are passed over."""
         with self._lock:
             self._run.add(event, self.clock())
-        if event["kind"] == "warning":
+        if event["kind"] in ("warning", "straggler"):
             self._print(Text(f"warning: {clean(event['text'])}", style="yellow"))
         elif event["kind"] == "fetch":
             text = f"the checkpoint of step {event['step']} is from {event['url']}"
             self._print(Text(clean(f"{text} ({duration(event['seconds'])})")))
-        elif event["kind"] in ("failure", "leave"):
+        elif event["kind"] in ("failure", "leave", "hang"):
             self._print(Text(clean(_parting(event)), style="yellow"))
         elif event["kind"] == "bad_step":
             self._print(Text(clean(bad_step(event)), style="yellow"))
@@ -328,6 +328,8 @@ class Trend:
 
 def _parting(event: Event) -> str:
     """Why a start of the run ended, and what follows."""
+    if event["kind"] == "hang":
+        return event["text"]
     if event["kind"] == "leave":
         return f"{event['text']}: saving after this step, then starting again"
     text = f"{event['verdict']} after step {event['step']}: {event['text']}; {event['why']}"

@@ -217,7 +217,7 @@ class _Fold:
                 self.samples[event["when"], event["prompt"]] = (max(self.steps, default=0), event)
             case "phase":
                 self.phases[event["name"]] = event
-            case "warning":
+            case "warning" | "straggler":
                 self.warnings.append(event)
             case "failure":
                 self.failures.append(event)

@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import os
 import secrets
+import shutil
 import socket
 import threading
 import time
@@ -16,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimpot.cluster.rooms import worker_gpus
+from trimpot.cluster.rooms import on_nodes, worker_gpus
 from trimpot.cluster.verdict import explain
+from trimpot.cluster.watch import Watch
 from trimpot.runner.errors import ClusterError
 from trimpot.runner.plan.plan import plan_to_json
+from trimpot.runner.pulse import FOLDER
 from trimpot.runner.telemetry import OFF, telemetry_off
-from trimpot.runner.types import Plan
+from trimpot.runner.types import Event, Plan
 
 log = logging.getLogger(__name__)
 MANY_WORKERS = 64
@@ -196,12 +199,19 @@ class Outcome:
     complete: bool
 
 
-def run_plan(plan: Plan, watch: Callable[[Callable[[], bool]], None], local: bool) -> Outcome:
+def run_plan(
+    plan: Plan,
+    watch: Callable[[Callable[[], bool]], None],
+    tell: Callable[[Event], None],
+    local: bool,
+) -> Outcome:
     """Start the plan's workers under Ray Train once, and wait until they end.
 
     `local`: Ray was started by this process, and is as large as it will ever be.
     `watch(ended)` runs in the calling thread meanwhile and returns once `ended()` is true.
-    Raises the worker's own TrimpotError, or a WorkerError whose cause is Ray's exception.
+    `tell` writes an event into the journal, from a thread of its own.
+    Raises the worker's own TrimpotError, HangError if they stood still, or a WorkerError whose
+    cause is Ray's exception.
     """
     # A worker that died is noticed by the controller's next look; its default is 2 s.
     if plan.world_size <= MANY_WORKERS:
@@ -209,17 +219,35 @@ def run_plan(plan: Plan, watch: Callable[[Callable[[], bool]], None], local: boo
     if local:  # it ends with this process: nothing outlives it, and nobody will preempt it
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     result: list[Any] = []
-    thread = threading.Thread(target=lambda: result.append(_fit(plan, local)), daemon=True)
-    thread.start()
-    watch(lambda: not thread.is_alive())
-    thread.join()
+    run = Path(plan.run_dir)
+    with _pulses(run) as folder, Watch(folder, run, plan.world_size, tell, on_nodes) as watcher:
+        thread = threading.Thread(
+            target=lambda: result.append(_fit(plan, folder, local)), daemon=True
+        )
+        thread.start()
+        watch(lambda: not thread.is_alive())
+        thread.join()
     if isinstance(result[0], BaseException):
-        raise explain(result[0]) from result[0]
+        raise watcher.error or explain(result[0]) from result[0]
     values = result[0].return_value
     return Outcome(step=values["step"], complete=values["complete"])
 
 
-def _fit(plan: Plan, local: bool) -> Any:
+@contextlib.contextmanager
+def _pulses(run: Path) -> Iterator[Path]:
+    """A folder for the pulses of one start; a worker left over from another one has no part in
+    it."""
+    every = run / "pulse"
+    shutil.rmtree(every, ignore_errors=True)
+    folder = every / secrets.token_hex(4)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(every, ignore_errors=True)
+
+
+def _fit(plan: Plan, pulses: Path, local: bool) -> Any:
     """Ray Train's Result, or the exception it raised."""
     import ray.train
 
@@ -235,6 +263,7 @@ def _fit(plan: Plan, local: bool) -> Any:
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"
     environment["OMP_WAIT_POLICY"] = "passive"
+    environment[FOLDER] = str(pulses)
     trainer = Trainer(
         _worker,
         train_loop_config={"plan": plan_to_json(plan), "handed": time.time()},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from trimpot.runner.types import Plan
@@ -11,6 +13,8 @@ from trimpot.runner.types import Plan
 log = logging.getLogger(__name__)
 ANSWER_S = 3.0
 """A node that is there starts a task of nothing in this time."""
+WORK_S = 20.0
+"""How long a node may take to start a task and do it, of those that end a hang."""
 DEAD_S = 60.0
 """A cluster's head has told by then that a node is lost (15 to 30 s with Ray's defaults)."""
 
@@ -72,30 +76,15 @@ class Rooms:
         deadline = time.monotonic() + DEAD_S
         waiting = {*nodes}
         while waiting and time.monotonic() < deadline:
-            waiting = {n for n in waiting & self._alive() if not self._answers(n)}
+            asked = dict.fromkeys(waiting & self._alive())
+            waiting = {*asked} - {*on_nodes(_nothing, asked, ANSWER_S)}
         return frozenset({*nodes} - self._alive())
 
     def _alive(self) -> set[str]:
         return {node["NodeID"] for node in self.ray.nodes() if node["Alive"]}
 
-    def _answers(self, node: str) -> bool:
-        from ray.exceptions import RayError
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        task = self.ray.remote(_nothing).options(
-            num_cpus=0, max_retries=0, scheduling_strategy=there
-        )
-        answer = task.remote()
-        try:
-            self.ray.get(answer, timeout=ANSWER_S)
-        except RayError:
-            self.ray.cancel(answer, force=True)
-            return False
-        return True
-
-
-def _nothing() -> None:
+def _nothing(_: None) -> None:
     """What a node is asked to do to see whether it is there."""
 
 
@@ -107,3 +96,31 @@ def worker_gpus(plan: Plan) -> int:
     import ray
 
     return 1 if ray.cluster_resources().get("GPU", 0) else 0
+
+
+def on_nodes(
+    function: Callable[..., Any], inputs: Mapping[str, Any], within_s: float = WORK_S
+) -> dict[str, Any]:
+    """Call a function on nodes, each with its input → {node id: result}, without the nodes that
+    do not answer in time. Takes no CPU that a worker would need."""
+    if not inputs:
+        return {}
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0}
+    answers: dict[str, Any] = {}
+    for node, value in inputs.items():
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        task: Any = ray.remote(function)
+        answers[node] = task.options(scheduling_strategy=there, **options).remote(value)
+    ready, late = ray.wait([*answers.values()], num_returns=len(answers), timeout=within_s)
+    found: dict[str, Any] = {}
+    for node, answer in answers.items():
+        if answer in ready:
+            with contextlib.suppress(RayError):
+                found[node] = ray.get(answer)
+    for answer in late:
+        ray.cancel(answer, force=True)
+    return found

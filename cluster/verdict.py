@@ -64,7 +64,7 @@ def verdict(
     if not isinstance(error, WorkerError):
         kind = KINDS.get(type(error).__name__, "mistake")
         suspects = getattr(error, "ranks", ())
-        rank = suspects[0] if len(suspects) == 1 else None
+        rank = suspects[0] if len(suspects) == 1 else getattr(error, "rank", None)
     else:
         assert error.__cause__ is not None
         rank, cause = _culprit(error.__cause__)

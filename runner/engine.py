@@ -24,6 +24,7 @@ from torch import nn
 from trimpot.runner.fused.exchange import Workers
 from trimpot.runner.in_order import InOrder
 from trimpot.runner.optimizer import AdamW, TorchAdamW
+from trimpot.runner.pulse import PULSE
 from trimpot.runner.types import Plan
 
 State = dict[str, dict[str, torch.Tensor]]
@@ -114,6 +115,7 @@ class Engine:
         `averaged_over`. `workers`: how many, the first by rank, have something to add; the others'
         loss must have weight 0. `update` is to follow the last call of a step.
         """
+        PULSE.enter("backward")
         if self.in_order is not None:
             self.in_order.clear()
             self.inner.backward(loss, scale_wrt_gas=False)
@@ -134,6 +136,7 @@ class Engine:
         whether to go on. Refused, it touches nothing: DeepSpeed then copies the old masters over
         weights that are their rounding already, and drops the gradient as after any step.
         """
+        PULSE.enter("optimizer")
         self._judge, self._verdict = judge, None
         self.optimizer.refuses = lambda: bool(self._refusal())
         if self.in_order is not None:
@@ -422,15 +425,17 @@ def texts(text: str) -> list[str]:
     tensor[1 : 1 + len(raw)] = torch.tensor(list(raw), dtype=torch.int32)
     tensor = tensor.to(device())
     gathered = [torch.empty_like(tensor) for _ in range(ranks()[1])]
-    dist.all_gather(gathered, tensor)
-    return [bytes(x[1 : 1 + int(x[0])].tolist()).decode(errors="replace") for x in gathered]
+    with PULSE.meeting():
+        dist.all_gather(gathered, tensor)
+        return [bytes(x[1 : 1 + int(x[0])].tolist()).decode(errors="replace") for x in gathered]
 
 
 def sum_over_workers(values: list[float]) -> list[float]:
     """Each value summed over all workers, in float64."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device())
-    dist.all_reduce(tensor)
-    return tensor.tolist()
+    with PULSE.meeting():  # on a GPU, which computes behind our back, the values are waited for
+        dist.all_reduce(tensor)
+        return tensor.tolist()
 
 
 def leave_workers() -> None:

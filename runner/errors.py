@@ -84,6 +84,15 @@ class CorruptionError(TrimpotError):
         return type(self), (str(self), self.ranks)
 
 
+class HangError(TrainError):
+    """The workers stood still and were ended. `rank`: whom the others waited for, if that is
+    known."""
+
+    def __init__(self, text: str, rank: int | None = None):
+        super().__init__(text)
+        self.rank = rank
+
+
 class SaveError(TrimpotError):
     """What was trained could not be saved at the end, or where the run was told to stop."""
 

@@ -17,6 +17,7 @@ from trimpot.runner.data.cursor import Cursor, deal
 from trimpot.runner.engine import Engine, device, memory_bytes, ranks, sum_over_workers
 from trimpot.runner.health import Health
 from trimpot.runner.model import attends_by_document
+from trimpot.runner.pulse import PULSE
 from trimpot.runner.tasks.causal_lm import token_loss_sum
 from trimpot.runner.types import Plan, StepReport
 
@@ -52,6 +53,7 @@ def run_loop(
     lengths, trained = data.lengths, data.trained_lengths
     for step in range(first, plan.total_steps + 1):
         start = time.perf_counter()
+        PULSE.begin_step(step)
         rate = learning_rate(plan.config.optim, step, plan.total_steps)
         engine.set_learning_rate(rate)
         size = plan.config.optim.batch_size
@@ -113,11 +115,13 @@ def _mix(*parts: int) -> int:
 
 def _tensors(plan: Plan, engine: Engine, data: Compiled, samples: np.ndarray) -> Batch:
     """What this worker computes of a micro-batch, on its device."""
+    PULSE.enter("data")
     if attends_by_document(engine.module):
         batch, workers = join(data, samples.tolist()), plan.sequence_parallel_size
         batch = slice_of(batch, ranks()[0] % workers, workers) if workers > 1 else batch
     else:
         batch = collate(data, samples.tolist(), plan.config.data.packing)
+    PULSE.computes(batch["input_ids"].numel())
     return {key: value.to(device(), non_blocking=True) for key, value in batch.items()}
 
 

@@ -8,6 +8,7 @@ import torch
 
 from trimpot.runner import hub
 from trimpot.runner.engine import Engine, device
+from trimpot.runner.pulse import PULSE
 from trimpot.runner.types import Plan
 
 
@@ -30,6 +31,7 @@ def generate(
     model: torch.nn.Module, ids: list[int], tokenizer: hub.Tokenizer, max_new_tokens: int
 ) -> list[int]:
     """Token ids that follow `ids`, greedily, up to the end-of-sequence token."""
+    PULSE.enter("answer")
     prompt = torch.tensor([ids], device=device())
     with torch.no_grad():
         output = model.generate(  # pyright: ignore[reportCallIssue]

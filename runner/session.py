@@ -21,6 +21,7 @@ from trimpot.runner.errors import CheckpointError, CorruptionError, SaveError, T
 from trimpot.runner.health import Action, Health
 from trimpot.runner.loop import held_out_loss
 from trimpot.runner.pace import Pace
+from trimpot.runner.pulse import PULSE
 from trimpot.runner.replicas import Replicas
 from trimpot.runner.sample import answer_prompts
 from trimpot.runner.saver import Failed, Saved, Saver
@@ -114,6 +115,7 @@ class Session:
         self.report(step)
         return bool(stop)
 
+    @PULSE.within("save")
     def _check(self, step: StepReport) -> None:
         """Whether weights are what they must be, before anything is made of them. Raises
         CorruptionError on all workers."""
@@ -147,6 +149,7 @@ class Session:
         self.health.rewound(to, step.step)
         return replace(step, health=f"{bad.why}: back to step {to}")
 
+    @PULSE.within("save")
     def _rewind(self) -> int | None:
         """Put back what was before the bad steps → the step it is of; None where nothing is."""
         if (found := self.reopen(self.health.may_return_to)) is None:
@@ -156,6 +159,7 @@ class Session:
         reader.close()
         return checkpoint.step
 
+    @PULSE.within("evaluate")
     def evaluate(self, step: int) -> float | None:
         if self.held_out is None:
             return None
@@ -164,6 +168,7 @@ class Session:
         self.report(Event("eval", values))
         return loss
 
+    @PULSE.within("generate")
     def show(self, when: str) -> None:
         """Answer held-out prompts. All workers do: under ZeRO-3 generating is a collective."""
         section = self.plan.config.samples
@@ -177,6 +182,7 @@ class Session:
             values = {"when": when, "prompt": question, "answer": answer, "reference": reference}
             self.report(Event("sample", values))
 
+    @PULSE.within("save")
     def _begin(self, step: int, complete: bool) -> None:
         """Copy what is trained, and have it written. Under ZeRO every worker must call."""
         began = time.perf_counter()
@@ -260,6 +266,7 @@ class Session:
             )
         return last
 
+    @PULSE.within("save")
     def save(self, step: int, complete: bool) -> Checkpoint:
         """Save, and wait until that is durable. Raises SaveError on all workers."""
         self._hear(self.saver.finish())

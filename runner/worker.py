@@ -50,6 +50,7 @@ from trimpot.runner.model import (
     kernels_of,
 )
 from trimpot.runner.plan.plan import plan_from_json
+from trimpot.runner.pulse import PULSE
 from trimpot.runner.reading import JSON_BYTES, read_bounded
 from trimpot.runner.redact import log_to_stderr
 from trimpot.runner.session import Report, Session
@@ -75,9 +76,11 @@ def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False)
     assert plan.total_steps is not None
 
     fix_arithmetic(plan.config)
+    PULSE.enter("model")
     model = build_model(plan, engines.deepspeed_config(plan))
     parameters, trained = count_parameters(model)
     clock.tell("model")
+    PULSE.enter("load")
     found = _newest_good(run / "checkpoints", report)
     token = engines.first_text(secrets.token_hex(4))
     copier, fetched = copiers.begin(plan, data.digest, found[0] if found else None, report, token)
@@ -86,6 +89,7 @@ def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False)
     reader = _matching(plan, data, model, *found) if found is not None else None
     if reader is not None:
         engines.load_weights(model, reader.whole, plan.zero_stage)
+    PULSE.enter("engine")
     engine = start_engine(plan, model)
     if found is not None and reader is not None:
         engine.load_moments(reader.part, found[0].step)
@@ -117,8 +121,10 @@ def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False)
             if stopped:
                 break
     finally:
-        session.saver.close()
-    last = session.close()
+        with PULSE.within("save"):
+            session.saver.close()
+    with PULSE.within("save"):
+        last = session.close()
     if last.complete:
         session.show("after")
     return last
@@ -261,8 +267,11 @@ def run_worker(
     # Who has whole layers recomputed gives time for memory.
     if plan.config.model.activation_checkpointing is True and not torch.cuda.is_available():
         give_back_freed_memory()
+    PULSE.start(int(os.environ.get("RANK", "0")), plan.world_size)
     engines.join_workers()
     rank, _ = engines.ranks()
+    if torch.cuda.is_available():
+        PULSE.measure_gpu()
     journal = Journal(run, mend=True) if rank == 0 else None
     report: Report = journal or (lambda event: None)
     if handed is not None:
@@ -276,6 +285,7 @@ def run_worker(
     finally:
         if journal:
             journal.close()
+        PULSE.end()
     engines.leave_workers()
     return {"step": last.step, "complete": last.complete, "seconds": time.time() - started}
 

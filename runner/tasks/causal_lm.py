@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from trimpot.runner.data.batch import IGNORED, next_tokens
+from trimpot.runner.pulse import PULSE
 
 
 def token_loss_sum(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -17,6 +18,7 @@ def token_loss_sum(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     means weighs a token by the company it is in). `model` may be DeepSpeed's engine around one.
     `batch` has labels, which each token's successor is read from, or targets, where that is done.
     """
+    PULSE.enter("forward")
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "targets")}
     targets = batch["targets"] if "targets" in batch else next_tokens(batch["labels"])
     if getattr(getattr(model, "module", model), "loss_is_fused", False):

@@ -168,6 +168,17 @@ def test_log_says_where_some_workers_idle_in_the_last_round() -> None:
     assert "3 workers × 4 × up to 2 = 16 samples a step · ZeRO 1 · fp32" in lines
 
 
+def test_log_names_who_stands_still_and_who_is_slow() -> None:
+    events = run(4)
+    events[-1:-1] = [
+        {"kind": "straggler", "rank": 1, "node": "n", "ratio": 2.0, "text": "worker 1 is slow"},
+        {"kind": "hang", "rank": 1, "text": "hang: worker 1 stood still"},
+    ]
+    lines = shown(events).splitlines()
+    assert "warning: worker 1 is slow" in lines
+    assert "hang: worker 1 stood still" in lines
+
+
 def test_plain_steps_are_thinned_but_nothing_else_is() -> None:
     text = shown(run(2000, seconds=0.1))  # 200 s
     steps = re.findall(r"^step (\d+)/2000", text, re.MULTILINE)

@@ -149,6 +149,11 @@ def test_start_from_nothing_supersedes_all_but_the_warnings() -> None:
     assert run.warnings == (warning,)
 
 
+def test_a_straggler_is_a_warning() -> None:
+    slow = {"kind": "straggler", "time": 2.0, "rank": 1, "text": "worker 1 is slow"}
+    assert history([start(0.0), step(1, 1.0), slow]).warnings == (slow,)
+
+
 def test_history_of_history_is_the_same() -> None:
     events = [start(0.0), step(1, 1.0), step(2, 2.0), start(3.0, 1), step(2, 4.0, 0.7)]
     run = history(events)
