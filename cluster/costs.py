@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
@@ -27,8 +28,10 @@ class Measured:
     save_s: float | None = None
     stall_s: float | None = None
     restart_s: float | None = None
-    """Of starts that resumed, else of the first: their phases, and by how much the first step was
-    longer than others. What the old workers' leaving takes is not in it."""
+    """From the last line of workers that were asked to leave to the next ones' first step, where
+    the journal has such restarts. Else of starts that resumed, else of the first, what their phases
+    took, and by how much the first step was longer than others: without the old workers' leaving.
+    """
 
 
 @dataclass
@@ -39,6 +42,12 @@ class _Session:
     """Of its steps."""
     resumed: bool = False
     begun: bool = False
+    left: bool = False
+    """Its workers were asked to leave, and the driver stayed."""
+    began_s: float | None = None
+    """When its first step began."""
+    last_s: float | None = None
+    """When its last step was done, or saved."""
 
 
 def measure(events: Iterable[Event]) -> Measured:
@@ -59,9 +68,15 @@ def measure(events: Iterable[Event]) -> Measured:
             session.rounds = _rounds(event)
             session.resumed = event.get("resumed_from") is not None
         elif kind == "step":
+            if not session.seconds and "time" in event:
+                session.began_s = event["time"] - event["seconds"]
             session.seconds.append(event["seconds"])
+            session.last_s = event.get("time")
         elif kind == "checkpoint" and "stall_seconds" in event:
             saves.append((event["seconds"], event["stall_seconds"]))
+            session.last_s = event.get("time")
+        elif kind == "leave":
+            session.left = True
     per_round = [s / session.rounds for session in sessions for s in session.seconds[1:]]
     round_s = median(per_round) if per_round else None
     starts = {True: [], False: []}
@@ -70,7 +85,7 @@ def measure(events: Iterable[Event]) -> Measured:
             first_s = session.phases["first step"] - round_s * session.rounds
             known = sum(session.phases.get(name, 0.0) for name in STARTING)
             starts[session.resumed].append(known + max(0.0, first_s))
-    restarts = starts[True] or starts[False]
+    restarts = _gaps(sessions) or starts[True] or starts[False]
     return Measured(
         start=start,
         micro_batches=_micro_batches(start) if start else None,
@@ -79,6 +94,14 @@ def measure(events: Iterable[Event]) -> Measured:
         stall_s=median(s for _, s in saves) if saves else None,
         restart_s=median(restarts) if restarts else None,
     )
+
+
+def _gaps(sessions: list[_Session]) -> list[float]:
+    return [
+        after.began_s - before.last_s
+        for before, after in itertools.pairwise(sessions)
+        if before.left and "driver" not in after.phases and before.last_s and after.began_s
+    ]
 
 
 def _micro_batches(start: Event) -> int:

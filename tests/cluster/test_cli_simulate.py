@@ -171,6 +171,19 @@ def test_costs_are_read_from_the_journal():
     assert (empty.start, empty.round_s, empty.restart_s) == (None, None, None)
 
 
+def test_a_restart_is_measured_from_leaving_to_the_next_step():
+    """The last save is told at second 100, the next first step of 9.5 s at 131.5."""
+    at = {"step 3": 99.0, "checkpoint 3": 100.0, "step 4": 131.5}
+    events = [
+        {**e, "time": at[name]} if (name := f"{e['kind']} {e.get('step')}") in at else e
+        for e in JOURNAL
+    ]
+    assert measure(events).restart_s == 131.5 - 9.5 - 100
+    # Another driver came in between: who knows how long that took.
+    later = [{**e, "name": "driver"} if e is JOURNAL[15] else e for e in events]
+    assert measure(later).restart_s == 13 - JOURNAL[15]["seconds"]
+
+
 def test_a_journal_is_all_that_is_needed(tmp_path):
     (tmp_path / "journal.jsonl").write_text("".join(json.dumps(e) + "\n" for e in JOURNAL))
     plan = make_plan(Given(max_workers=4), None, [], tmp_path)

@@ -413,7 +413,7 @@ def test_goodput_on_spot_nodes():
 
 @pytest.mark.chaos
 def test_goodput_on_spot_nodes_in_many_runs():
-    reaches_the_bars(2000)
+    reaches_the_bars(1000)
 
 
 def test_times_sum_up_and_shares_are_shares():
