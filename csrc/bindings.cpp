@@ -20,7 +20,7 @@ namespace {
 
 // Rises with every change of a signature, together with INTERFACE in kernels/native.py: an
 // extension left over from another checkout is then refused by name instead of failing oddly.
-constexpr int kInterface = 9;
+constexpr int kInterface = 10;
 
 template <typename T>
 struct Vector {
@@ -101,4 +101,5 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     trimpot::bind_gemm(m);
     trimpot::bind_elementwise(m);
     trimpot::bind_attention(m);
+    trimpot::bind_pool(m);
 }

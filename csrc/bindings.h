@@ -8,5 +8,6 @@ namespace trimpot {
 void bind_gemm(pybind11::module_& m);
 void bind_elementwise(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);
+void bind_pool(pybind11::module_& m);
 
 }  // namespace trimpot

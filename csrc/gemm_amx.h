@@ -84,6 +84,7 @@ static Packed split_pack(const SplitPack& pack, Matrix w) {
 #pragma omp parallel for schedule(static) reduction(&& : finite, exact)
     for (std::int64_t p = 0; p < pack.panels; ++p) {
         alignas(64) float lanes[16 * kTileColumns];
+        alignas(64) std::uint16_t looked_at[2 * kTileColumns];  // where there is no low part
         const std::int64_t first = p * kTileColumns;
         const std::int64_t columns = least(kTileColumns, pack.rows - first);
         const std::int64_t padded = pack.blocks * pack.block;
@@ -96,11 +97,12 @@ static Packed split_pack(const SplitPack& pack, Matrix w) {
             for (int l = 0; l < 16; l += 2) {
                 const std::int64_t to = (p * padded + k + l) * kTileColumns;
                 const float* even = lanes + l * kTileColumns;
-                store_pair(even, even + kTileColumns, pack.high + to, pack.low + to);
+                std::uint16_t* low = pack.low ? pack.low + to : looked_at;
+                store_pair(even, even + kTileColumns, pack.high + to, low);
                 for (int j = 0; j < 2 * kTileColumns; j += 16) beyond += load16(even + j) * 0.0f;
                 for (int j = 0; j < 2 * kTileColumns; j += 32) {
                     u32x16 bits;
-                    __builtin_memcpy(&bits, pack.low + to + j, 64);
+                    __builtin_memcpy(&bits, low + j, 64);
                     left |= bits & 0x7fff7fff;  // −0 is zero too
                 }
             }

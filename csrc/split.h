@@ -33,7 +33,7 @@ struct SplitRows {
 enum class Packed { kNotFinite, kExact, kSplit };  // kExact: every low part is zero
 
 struct SplitTable {
-    // `pack.low` must be there; kExact says that it is not needed.
+    // kExact says that `pack.low` is not needed; kSplit, that it is wanted if there is none.
     Packed (*pack)(const SplitPack& pack, Matrix weight);
     void (*split)(Matrix x, std::int64_t width, const SplitRows& out);
     // As GemmTable's, on split operands. The gradient's rows are in blocks of kGradientBlock.

@@ -2,6 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Buffer
 
 interface: int
 
@@ -15,6 +16,13 @@ def hash_documents(
     hashes: NDArray[np.uint64],
     variant: str,
 ) -> None: ...
+
+# Memory of large tensors, csrc/pool_bindings.cpp. Sizes in bytes.
+class Block(Buffer): ...
+
+def pool_block(bytes: int) -> Block | None: ...
+def pool_in_use() -> int: ...
+def pool_extent() -> int: ...
 
 # Elementwise kernels, csrc/elementwise_bindings.cpp. Addresses: torch's data_ptr(), 0 for none.
 # Strides in items. type: kernels/cpp/tensors.py.

@@ -5,6 +5,10 @@ they are freed, and every page of the next one is faulted in and cleared anew: a
 SmolLM-135M's shape over 2,048 tokens took 1.17 times as long, ours and transformers' alike (one
 thread, `trimpot bench step --shape S`), for 5 % less memory at its peak.
 
+In glibc's heap the holes of large tensors are lost to them (csrc/pool.h says why): at S 2.5 GB of
+it were resident for 2.0 in use. So results of our CPU kernels come out of a pool of their own, and
+the heap has what is small, what torch makes, and the packs of weights, which stay.
+
 Where layers are recomputed it costs more memory: what each leaves for backward lies between the
 holes of what it gave back, which the next one's blocks do not fit into. SmolLM2-135M over 1,500
 tokens peaked at 1.63 GB, and at 1.24 with large blocks given back, in 1.16 times the CPU time; one
@@ -33,13 +37,24 @@ _GIVE_BACK = (
 )
 
 
+class _Pool:
+    on = False
+
+
+def pooled() -> bool:
+    """Whether large results of kernels are to come out of a pool of their own (csrc/pool.h)."""
+    return _Pool.on
+
+
 def keep_freed_memory() -> bool:
     """Whether the C library took it: glibc does. To be called before other threads allocate."""
+    _Pool.on = True
     return _set(_KEEP)
 
 
 def give_back_freed_memory() -> bool:
     """The opposite, for blocks of 1 MiB and more: each is the kernel's again once it is freed."""
+    _Pool.on = False
     return _set(_GIVE_BACK)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-INTERFACE = 9
+INTERFACE = 10
 """Rises together with kInterface in csrc/bindings.cpp, at every change of a signature."""
 
 _NAME = "trimpot.kernels._native"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trimpot.kernels import native
-from trimpot.kernels.cpp.tensors import address, as_float, as_rows, block_count, check
+from trimpot.kernels.cpp.tensors import address, as_float, as_rows, block_count, check, empty
 
 
 def forward(
@@ -15,8 +15,8 @@ def forward(
     x_MH = as_rows(x)
     residual_MH = None if residual is None else as_rows(residual)
     wide = as_float(weight)
-    y = torch.empty(x.shape, dtype=x.dtype)
-    s = torch.empty(0 if residual is None else x.shape, dtype=x.dtype)
+    y = empty(x.shape, x.dtype)
+    s = empty((0,) if residual is None else x.shape, x.dtype)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
     native.extension().norm_forward(
         kind, x_MH.data_ptr(), x_MH.stride(0), address(residual_MH),
@@ -40,7 +40,7 @@ def backward(
     ds_MH = None if ds is None else as_rows(ds)
     rows, columns = s_MH.shape
     wide, rstd = as_float(weight), rstd.contiguous()
-    dx = torch.empty(s.shape, dtype=s.dtype)
+    dx = empty(s.shape, s.dtype)
     # One row more than there are blocks: the address is never null where dw is wanted.
     blocks = block_count(rows) if need_dw else rows
     partials = torch.empty((blocks + 1, columns)) if need_dw else None

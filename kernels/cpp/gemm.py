@@ -8,7 +8,6 @@ bfloat16 operands give 2.9e-3.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +16,17 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from trimpot.kernels import native
+from trimpot.kernels.cpp import tensors
 from trimpot.kernels.errors import KernelError
+from trimpot.kernels.mapped import give_back_pages
 
 TILE_ROWS = 14
 PANEL = 32
 GRADIENT_BLOCK = 256
 PROBES = 64
-"""Items of a weight that are looked at, to notice that it changed behind autograd's back."""
+"""Items of a weight that are looked at, to notice that it changed behind autograd's back …"""
+NEAR = 1024
+"""… among its first ones where its pages were given back: each brings 64 KiB of the file in."""
 UNEVEN = 4.0
 """From where on a weight's scales serve no other matrix. An adapter's product with x·c divides by
 c: its error grows by up to max c · √mean c⁻², and int16 has 5 times to spare under half of bf16's
@@ -104,6 +107,8 @@ def pack_weights(weights: Sequence[torch.Tensor]) -> Group | None:
 class _Cached:
     state: tuple[Any, ...]
     group: Any = field(repr=False)
+    away: bool
+    """Whether pages of the weights have been given back to the file that they are mapped from."""
 
 
 Make = Callable[[Sequence[torch.Tensor]], Any]
@@ -112,18 +117,28 @@ _cache: Any = WeakIdKeyDictionary()
 
 
 def packed(weights: Sequence[torch.Tensor], make: Make = pack_weights) -> Any:
-    """The pack of frozen weights, made once. Those that ZeRO-3 brings and takes are packed anew."""
+    """The pack of frozen weights, made once. Those that ZeRO-3 brings and takes are packed anew.
+
+    Weights in a mapped file are read no more once they are packed: their pages go.
+    """
     if any(hasattr(weight, "ds_id") for weight in weights):
         return make(weights)
-    state = (make, *(_state(weight) for weight in weights))
     found: _Cached | None = _cache.get(weights[0])
-    if found is None or found.state != state:
-        found = _Cached(state, make(weights))
+    if found is None or found.state != _states(make, weights, found.away):
+        group = make(weights)
+        # Where none was packed, all will be read again.
+        gone = [0 if group is None else give_back_pages(weight) for weight in weights]
+        away = any(gone)
+        found = _Cached(_states(make, weights, away), group, away)
         _cache[weights[0]] = found
     return found.group
 
 
-def _state(weight: torch.Tensor) -> tuple[Any, ...]:
+def _states(make: Make, weights: Sequence[torch.Tensor], away: bool) -> tuple[Any, ...]:
+    return (make, *(_state(weight, away) for weight in weights))
+
+
+def _state(weight: torch.Tensor, away: bool) -> tuple[Any, ...]:
     """What changes when a weight does: its memory, its version, and some of its items.
 
     A write through `.data` moves neither address nor version.
@@ -131,7 +146,8 @@ def _state(weight: torch.Tensor) -> tuple[Any, ...]:
     version = -1 if weight.is_inference() else weight._version
     flat = weight.detach()
     if weight.is_contiguous() and weight.numel():
-        flat = flat.view(-1)[:: max(1, weight.numel() // PROBES)]
+        flat = flat.view(-1)[: NEAR if away else None]
+        flat = flat[:: max(1, flat.numel() // PROBES)]
     seen = float(flat.double().sum())
     return (weight.data_ptr(), version, tuple(weight.shape), weight.stride(), weight.dtype, seen)
 
@@ -161,8 +177,7 @@ def operand(matrix: torch.Tensor) -> tuple[int, int, bool]:
 class Rows:
     """A left operand as integers: x times the columns' scales, scaled row by row.
 
-    Good until this thread quantises the next one: they share their memory, which would otherwise
-    be fetched from the system and cleared by it for each call (a tenth of the time at 2,048 x 576).
+    Good until this thread quantises the next one: they may share their memory.
     """
 
     handle: Any
@@ -170,20 +185,7 @@ class Rows:
     memory: tuple[torch.Tensor, torch.Tensor]
 
 
-class _Scratch(threading.local):
-    def __init__(self) -> None:
-        self.q = torch.empty(0, dtype=torch.int16)
-        self.scale = torch.empty(0)
-
-    def take(self, items: int, scales: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.q.numel() < items:
-            self.q = torch.empty(items, dtype=torch.int16)
-        if self.scale.numel() < scales:
-            self.scale = torch.empty(scales)
-        return self.q, self.scale
-
-
-_scratch = _Scratch()
+_items, _scales = tensors.Scratch(), tensors.Scratch()
 
 
 def quantise(x: torch.Tensor, factor: torch.Tensor, limits: torch.Tensor, block: int) -> Rows:
@@ -191,7 +193,8 @@ def quantise(x: torch.Tensor, factor: torch.Tensor, limits: torch.Tensor, block:
     rows, width = x.shape
     padded, blocks = ceil_div(rows, TILE_ROWS) * TILE_ROWS, ceil_div(width, block)
     extension = native.extension()
-    memory = _scratch.take(blocks * padded * block, blocks * padded)
+    scales = blocks * padded
+    memory = _items.take(scales * block, torch.int16), _scales.take(scales, torch.float32)
     handle = extension.Rows(rows, padded, block, blocks, *(part.data_ptr() for part in memory))
     address, stride, bf16 = operand(x)
     extension.gemm_quantise(
@@ -365,7 +368,7 @@ def outer(a: torch.Tensor, b: torch.Tensor, factor: float = 1.0) -> torch.Tensor
 
 def dropped(x: torch.Tensor, first_row: int, seed: int, p: float) -> torch.Tensor:
     """D · x for rows [first_row, …) of the whole input; see kernels/ops/philox.py."""
-    out = torch.empty(x.shape)
+    out = tensors.empty(x.shape)
     native.extension().dropout(
         x.data_ptr(),
         x.stride(0),

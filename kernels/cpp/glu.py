@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from trimpot.kernels import native
-from trimpot.kernels.cpp.tensors import as_rows, check
+from trimpot.kernels.cpp.tensors import as_rows, check, empty
 
 
 def forward(op: str, gelu: bool, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     kind = check(op, gate, up)
     gate_MN, up_MN = _rows(gate, up)
-    y = torch.empty(gate.shape, dtype=gate.dtype)
+    y = empty(gate.shape, gate.dtype)
     native.extension().glu_forward(
         kind, gelu, gate_MN.data_ptr(), gate_MN.stride(0), up_MN.data_ptr(), up_MN.stride(0),
         y.data_ptr(), *gate_MN.shape,
@@ -24,7 +24,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     kind = check(op, gate, up, dy)
     dy_MN, gate_MN, up_MN = _rows(dy, gate, up)
-    dgate, dup = torch.empty(gate.shape, dtype=gate.dtype), torch.empty(up.shape, dtype=up.dtype)
+    dgate, dup = empty(gate.shape, gate.dtype), empty(up.shape, up.dtype)
     native.extension().glu_backward(
         kind, gelu, dy_MN.data_ptr(), dy_MN.stride(0), gate_MN.data_ptr(), gate_MN.stride(0),
         up_MN.data_ptr(), up_MN.stride(0), dgate.data_ptr(), dup.data_ptr(), *gate_MN.shape,

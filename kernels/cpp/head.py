@@ -52,7 +52,7 @@ class Head:
         for rows in chunks(h.shape[0], self.weight.shape[0]):
             part = gemm.readable(h[rows])
             if not buffer.numel():
-                buffer = torch.empty(part.shape[0], self.weight.shape[0])
+                buffer = tensors.empty((part.shape[0], self.weight.shape[0]))
             z = buffer[: part.shape[0]]
             if self.group:
                 quantised = self.form.quantise_input(part, self.group)

@@ -9,7 +9,6 @@ M rows, K = d_in, N = d_out.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from trimpot.kernels import native
-from trimpot.kernels.cpp import gemm
+from trimpot.kernels.cpp import gemm, tensors
 from trimpot.kernels.cpp.gemm import (
     NO_UPDATE,
     PANEL,
@@ -93,7 +92,7 @@ class Rows:
     memory: torch.Tensor
 
 
-_scratch = threading.local()
+_scratch = tensors.Scratch()
 
 
 def _rows(x: torch.Tensor, block: int) -> Rows:
@@ -101,9 +100,7 @@ def _rows(x: torch.Tensor, block: int) -> Rows:
     padded, blocks = ceil_div(rows, TILE_ROWS) * TILE_ROWS, ceil_div(width, block)
     scales = blocks * padded
     wanted = scales * (block + 8)  # an item is a byte; a block has a float and an int besides
-    memory: torch.Tensor | None = getattr(_scratch, "memory", None)
-    if memory is None or memory.numel() < wanted:
-        memory = _scratch.memory = torch.empty(wanted, dtype=torch.uint8)
+    memory = _scratch.take(wanted, torch.uint8)
     q = memory.data_ptr()
     scale = q + scales * block
     extension = native.extension()

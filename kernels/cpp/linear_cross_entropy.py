@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from trimpot.kernels.cpp.head import Head, softmax_loss
+from trimpot.kernels.cpp.tensors import empty
 from trimpot.kernels.ops.linear_cross_entropy import OP
 from trimpot.kernels.ops.logits import trained
 
@@ -37,7 +38,7 @@ class LinearCrossEntropy:
             h_all, h, labels = h, h[rows], labels[rows]
             token_weights = None if token_weights is None else token_weights[rows]
         head = Head(OP, h, weight, self.arithmetic, frozen=not need_dw)
-        dh = torch.empty(h.shape if need_dh else 0)
+        dh = empty(h.shape if need_dh else (0,))
         dw = torch.zeros(weight.shape if need_dw else 0)
         total = torch.zeros((), dtype=torch.float64)
         for cut, part, z in head.logits(h):

@@ -49,7 +49,7 @@ class LoraLinear:
         ss = call.shrink()
         ys: Tensors = []
         for j, bias in enumerate(biases):
-            y = torch.empty(x.shape[0], weights[j].shape[0])
+            y = tensors.empty((x.shape[0], weights[j].shape[0]))
             call.base(j, y, gemm.single(bias[None])[0] if bias.numel() else None, ss[j])
             ys.append(y.to(x.dtype))
         return ys, [s.to(x.dtype) for s in ss]
@@ -75,7 +75,7 @@ class LoraLinear:
                 dys, x, weights, a, b, ss, scales, dropouts, seeds, segments, need_dx
             )
         call = _Call(kind, x, weights, a, b, scales, dropouts, seeds, segments, group)
-        dx = torch.empty(x.shape if need_dx else 0)
+        dx = tensors.empty(x.shape if need_dx else (0,))
         das, dbs = call.gradients([gemm.readable(dy) for dy in dys], ss, dx if need_dx else None)
         das = [d.to(p.dtype) for d, p in zip(das, a, strict=True)]
         dbs = [d.to(p.dtype) for d, p in zip(dbs, b, strict=True)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from trimpot.kernels import native
-from trimpot.kernels.cpp.tensors import TYPES, address, as_float, block_count, check
+from trimpot.kernels.cpp.tensors import TYPES, address, as_float, block_count, check, empty
 from trimpot.kernels.errors import KernelError
 
 
@@ -24,7 +24,7 @@ def forward(
     kind, tokens = check("rope", q, k), q.shape[0] * q.shape[1]
     outs, sides, rstds, kept = [], [], [], []
     for x, weight in ((q, q_weight), (k, k_weight)):
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = empty(x.shape, x.dtype)
         rstd = torch.empty(0 if weight is None else x.shape[:3])
         wide = None if weight is None else as_float(weight)
         side, x = _heads(x)
@@ -56,7 +56,7 @@ def backward(
     blocks = block_count(tokens) if normed else tokens
     outs, sides, dws, kept = [], [], [], []
     for dy, x, weight, rstd in ((dq, q, q_weight, q_rstd), (dk, k, k_weight, k_rstd)):
-        out = torch.empty(dy.shape, dtype=dy.dtype)
+        out = empty(dy.shape, dy.dtype)
         side, dy = _heads(dy)
         saved, x = ((0, 0, 0, 0), None) if weight is None or x is None else _heads(x)
         wide = None if weight is None else as_float(weight)

@@ -10,7 +10,6 @@ M rows, K = d_in, N = d_out, R rank.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from trimpot.kernels import native
-from trimpot.kernels.cpp import gemm
+from trimpot.kernels.cpp import gemm, tensors
 from trimpot.kernels.cpp.gemm import GRADIENT_BLOCK, PANEL, ceil_div, operand, readable
 
 TILE_ROWS = 32
@@ -60,30 +59,33 @@ def pack_weights(weights: Sequence[torch.Tensor]) -> Group | None:
     block = native.extension().gemm_block_length(weights[0].shape[1])
     packs: list[Pack] = []
     for weight in weights:
-        pack = _pack(readable(weight), block)
+        # Half as much memory where the values are bfloat16's, as most checkpoints' are; for others
+        # the packing is done twice, once for all.
+        pack = _pack(readable(weight), block, low=False) or _pack(readable(weight), block, low=True)
         if pack is None:
             return None
         packs.append(pack)
     return Group(packs, block)
 
 
-def _pack(weight: torch.Tensor, block: int) -> Pack | None:
-    """In blocks of `block` items along K."""
+def _pack(weight: torch.Tensor, block: int, low: bool) -> Pack | None:
+    """In blocks of `block` items along K; None too where a low part is needed and not asked for."""
     rows, depth = weight.shape
     count, blocks = ceil_div(rows, PANEL), ceil_div(depth, block)
     extension = native.extension()
-    high, low = (torch.empty(count * blocks * block * PANEL, dtype=torch.bfloat16) for _ in "hl")
+    items = count * blocks * block * PANEL
+    high = torch.empty(items, dtype=torch.bfloat16)
+    rest = torch.empty(items, dtype=torch.bfloat16) if low else None
 
-    def handle(rest: int) -> Any:
-        return extension.SplitPack(rows, depth, count, block, blocks, high.data_ptr(), rest)
+    def handle(of_low: torch.Tensor | None) -> Any:
+        addresses = high.data_ptr(), 0 if of_low is None else of_low.data_ptr()
+        return extension.SplitPack(rows, depth, count, block, blocks, *addresses)
 
-    both = handle(low.data_ptr())
-    found = extension.split_pack(both, operand(weight))
-    if found == NOT_FINITE:
+    found = extension.split_pack(handle(rest), operand(weight))
+    if found == NOT_FINITE or (found != EXACT and rest is None):
         return None
-    if found == EXACT:
-        return Pack(handle(0), rows, depth, high, None)
-    return Pack(both, rows, depth, high, low)
+    kept = None if found == EXACT else rest
+    return Pack(handle(kept), rows, depth, high, kept)
 
 
 @dataclass
@@ -94,14 +96,7 @@ class Rows:
     memory: torch.Tensor
 
 
-_scratch = threading.local()
-
-
-def _take(items: int) -> torch.Tensor:
-    held: torch.Tensor | None = getattr(_scratch, "memory", None)
-    if held is None or held.numel() < items:
-        held = _scratch.memory = torch.empty(items, dtype=torch.bfloat16)
-    return held
+_scratch = tensors.Scratch()
 
 
 def _split(x: torch.Tensor, block: int) -> Rows:
@@ -109,7 +104,7 @@ def _split(x: torch.Tensor, block: int) -> Rows:
     padded, blocks = ceil_div(rows, TILE_ROWS) * TILE_ROWS, ceil_div(width, block)
     items = blocks * padded * block
     address, stride, bf16 = operand(x)
-    memory = _take(items if bf16 else 2 * items)
+    memory = _scratch.take(items if bf16 else 2 * items, torch.bfloat16)
     high = memory.data_ptr()
     extension = native.extension()
     handle = extension.SplitRows(rows, padded, block, blocks, high, 0 if bf16 else high + 2 * items)
@@ -143,7 +138,7 @@ def skinny_gradient(dy: Rows, b_NR: torch.Tensor, _: Pack, scale: float, out: to
 
 
 def _skinny(x: Rows, right: torch.Tensor, block: int, out: torch.Tensor) -> None:
-    pack = _pack(right.contiguous(), block)
+    pack = _pack(right.contiguous(), block, low=True)
     if pack is None:  # an adapter that is not finite
         out.fill_(float("nan"))
         return

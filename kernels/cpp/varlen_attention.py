@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from trimpot.kernels import native
-from trimpot.kernels.cpp.tensors import check
+from trimpot.kernels.cpp.tensors import check, empty
 from trimpot.kernels.dispatch import WIDEST_HEAD
 from trimpot.kernels.errors import BackendError, KernelError
 from trimpot.kernels.ops.varlen_attention import boundaries
@@ -52,7 +52,7 @@ class VarlenAttention:
         softcap: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         kind, cuts = _checked(cu_seqlens, q, k, v)
-        o = torch.empty(q.shape, dtype=q.dtype)
+        o = empty(q.shape, q.dtype)
         lse = torch.empty(q.shape[1], q.shape[0])
         o[cuts[-1] :] = 0
         lse[:, cuts[-1] :] = 0
@@ -76,7 +76,7 @@ class VarlenAttention:
         softcap: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         kind, cuts = _checked(cu_seqlens, q, k, v, o, do)
-        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+        grads = [empty(x.shape, x.dtype) for x in (q, k, v)]
         for grad in grads:
             grad[cuts[-1] :] = 0
         sides, kept = _tokens(q, k, v, o, do)

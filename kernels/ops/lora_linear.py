@@ -279,6 +279,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, seeds, segments, *weights, *a, *b, *ss)
     ctx.siblings, ctx.scales, ctx.dropouts, ctx.backend = len(ys), scales, dropouts, backend
     ctx.shapes = [y.shape for y in ys]
+    ctx.set_materialize_grads(False)  # of S, which nobody asks for
 
 
 def _autograd_backward(ctx, dys, _):

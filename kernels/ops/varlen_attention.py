@@ -240,9 +240,12 @@ def _setup_context(ctx, inputs, output):
     q, k, v, cu_seqlens, *ctx.settings = inputs
     o, lse = output
     ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
+    ctx.set_materialize_grads(False)  # of lse, which has none
 
 
 def _autograd_backward(ctx, do, _dlse):
+    if do is None:
+        return (None,) * 8
     dq, dk, dv = _backward_op(do, *ctx.saved_tensors, *ctx.settings)
     return dq, dk, dv, None, None, None, None, None
 

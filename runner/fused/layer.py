@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from trimpot.kernels.cpp.residual import added
 from trimpot.runner.fused.remake import Remaking, pays
 
 
@@ -43,7 +44,7 @@ class PreNormLayer(Parts):
         # By position: DeepSpeed sees only such inputs, and gives parameters back by them.
         output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         normed, residual = self.post_attention_layernorm(output, hidden_states)
-        return residual + self.mlp(normed)
+        return added(residual, self.mlp(normed))
 
 
 class SandwichLayer(Parts):
@@ -54,4 +55,4 @@ class SandwichLayer(Parts):
         output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         output = self.post_attention_layernorm(output)
         normed, residual = self.pre_feedforward_layernorm(output, hidden_states)
-        return residual + self.post_feedforward_layernorm(self.mlp(normed))
+        return added(residual, self.post_feedforward_layernorm(self.mlp(normed)))

@@ -47,6 +47,8 @@ class ModelFacts:
     """Of its feed-forward layers, as config.json names it."""
     family: str = ""
     """The model type that config.json names, of a multimodal model its text part's."""
+    dtype: str = ""
+    """Of the weights in its files, as config.json names it."""
     quantization: str = ""
     """nf4, where the files hold linear layers so already."""
 
@@ -146,6 +148,7 @@ def facts_from(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], name:
         shapes=shapes,
         activation=_activation(text),
         family=str(text.get("model_type") or config["model_type"]).removesuffix("_text"),
+        dtype=str(text.get("dtype") or text.get("torch_dtype") or ""),
         quantization=quantization_of(config, name),
     )
 

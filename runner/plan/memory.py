@@ -4,7 +4,8 @@ Weights, gradients and optimizer state follow Rajbhandari et al. 2020 (ZeRO, §3
 bf16 weights and gradients 2 B each, fp32 master and two Adam moments 12 B per trained parameter.
 Activations count what autograd keeps per token of a pre-norm decoder with SDPA (no s² term:
 Korthikanti et al. 2022, §4.1, less its dropout masks), and logits with their fp32 copies; where our
-kernels run, what those keep.
+kernels run, what those keep. Weights that lie in the files as they are computed with, and are
+packed, are in memory as packs alone (kernels/mapped.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ Kernels = dict[str, dict[str, str]]
 CHUNK_ROWS = 1024
 """Of logits that are there at a time, at most (kernels/ops/logits.py)."""
 PACKED_BYTES = {"int16": 2, "int8": 2, "bf16x3": 4}
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+"""Of each precision, as config.json names it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ def predict_memory(
     state = 12 if item == 2 or stage > 0 else 8
     optimizer = trained * state // (world if stage else 1)
     ours = Ours(config, facts, kernels or {})
+    if world == 1:  # others write theirs anew, as the first one has them
+        weights -= ours.in_files() * item
     return Memory(
         weights=weights + ours.packs(),
         gradients=_gradients(config, trained, item, at),
@@ -114,11 +119,26 @@ class Ours:
         """Frozen linear layers and the head once more, as CPU products of 16 bits want them."""
         if self.config.method != "lora" or not self._backend("lora_linear").startswith("cpp"):
             return 0
+        sizes = [d_out * d_in for d_out, d_in in self.facts.linears("all-linear").values()]
+        return self._packed_bytes() * (sum(sizes) + self.facts.vocab * self.facts.hidden)
+
+    def in_files(self) -> int:
+        """Parameters whose pages go when they are packed. Not a tied head's: the embedding brings
+        most of them back."""
+        config, facts = self.config, self.facts
+        mapped = DTYPES[config.precision] == facts.dtype and config.model.quantization == "none"
+        if not mapped or not self.packs():
+            return 0
+        sizes = facts.linears(config.adapter.target_modules).values()
+        untied = any(name.endswith("lm_head.weight") for name in facts.shapes)
+        head = facts.vocab * facts.hidden if untied and self.on("linear_cross_entropy") else 0
+        return sum(d_out * d_in for d_out, d_in in sizes) + head
+
+    def _packed_bytes(self) -> int:
+        """Of an item of a weight."""
         gemm = self._backend("lora_linear").partition(":")[2] or self.config.kernels.cpu_gemm
         low = gemm == "auto" and self.config.precision == "bf16"
-        each = PACKED_BYTES.get(gemm, 2 if low else 0)
-        sizes = [d_out * d_in for d_out, d_in in self.facts.linears("all-linear").values()]
-        return each * (sum(sizes) + self.facts.vocab * self.facts.hidden)
+        return PACKED_BYTES.get(gemm, 2 if low else 0)
 
 
 def _quantised_less_plain(config: Config, facts: ModelFacts, item: int) -> int:

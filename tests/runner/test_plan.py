@@ -220,6 +220,31 @@ def test_state_by_hand(tmp_path: Path) -> None:
     assert predict_memory(offloaded, facts, Arrangement(4, 1, 2)).optimizer == 0
 
 
+def test_packed_weights_lie_in_their_files(tmp_path: Path) -> None:
+    """Those of layers, in the type that they are computed in, of one worker; once as a pack."""
+    folder = toy.toy_model(tmp_path / "m")
+    facts = dataclasses.replace(read_facts(folder), dtype="float32")
+    kernels = {op: {"backend": "cpp", "why": ""} for op in ("lora_linear", "linear_cross_entropy")}
+    config = run(precision="fp32", kernels={"cpu_gemm": "bf16x3"})
+    linears = sum(a * b for a, b in facts.linears("all-linear").values())
+    packs = 4 * (linears + facts.vocab * facts.hidden)
+    trained = trained_parameters(config, facts)
+
+    def weights(**changes: Any) -> int:
+        at = Arrangement(changes.pop("world", 1), 1, 0)
+        found = dataclasses.replace(facts, **changes)
+        return predict_memory(config, found, at, kernels).weights
+
+    whole = 4 * (facts.parameters + trained) + packs
+    assert weights() == whole - 4 * linears
+    assert weights(dtype="bfloat16") == weights(world=2) == whole
+    head = {"lm_head.weight": (facts.vocab, facts.hidden)}
+    tied = {n: shape for n, shape in facts.shapes.items() if n not in head}
+    size = facts.vocab * facts.hidden
+    assert weights(shapes=tied) == whole - 4 * linears
+    assert weights(shapes=tied | head, family="llama") == whole - 4 * (linears + size)
+
+
 def test_workers_on_a_row_have_its_tokens_between_them(facts: ModelFacts) -> None:
     config = run(method="full", data={"train": "t", "max_length": 64})
     split = run(
