@@ -11,6 +11,7 @@ import torch
 
 from trimpot.kernels import heap, native
 from trimpot.kernels.cpp import lora_linear
+from trimpot.kernels.cpp.residual import added
 from trimpot.kernels.cpp.tensors import LARGE, empty
 
 pytestmark = pytest.mark.skipif(not native.state().available, reason="the pool is the extension's")
@@ -105,3 +106,16 @@ def test_no_bit_depends_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(plain, pooled)
     for plain, pooled in zip(found[0][2:], found[1][2:], strict=True):
         assert torch.equal(plain[0], pooled[0])
+
+
+def test_sums_of_the_residual_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap._Pool, "on", True)
+    a, b = (torch.randn(3, 400, 128, requires_grad=True) for _ in "ab")
+    before = in_use()
+    total = added(a, b)
+    assert in_use() > before and torch.equal(total, a + b)
+    grads = torch.autograd.grad(total.square().sum(), (a, b))
+    wanted = torch.autograd.grad((a + b).square().sum(), (a, b))
+    assert all(map(torch.equal, grads, wanted))
+    mixed = added(a, b.bfloat16())  # as under autocast
+    assert torch.equal(mixed, a + b.bfloat16())
