@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import jinja2.debug  # what it would import only to tell of an error
 import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
 
 MEMORY_BYTES = 192 * 2**20
