@@ -93,7 +93,7 @@ def test_a_worker_that_never_comes_to_its_collective(model, tmp_path):
     (event,) = told
     values = event.values
     assert event.kind == "hang" and (values["rank"], values["silent"]) == (1, [])
-    assert values["step"] == 12 and values["section"] == "optimizer"
+    assert values["step"] == 12 and values["section"] == "backward"
     assert values["last_collective"].startswith("gloo:")
     assert watcher.error is not None and watcher.error.rank == 1
     assert "worker 0 waits in gloo:all_reduce" in str(watcher.error)
