@@ -27,6 +27,7 @@ from trimpot.runner.checkpoint import (
     write_state,
 )
 from trimpot.runner.engine import Share, State
+from trimpot.runner.pulse import PULSE
 from trimpot.runner.types import Checkpoint
 
 
@@ -164,6 +165,7 @@ class Saver:
             return [Failed(job.step, job.error)]
         return [Saved(job.checkpoint, job.ended - job.began, job.stall_s)]
 
+    @PULSE.within("save")
     def _drop(self, job: Job) -> Failed:
         job.thread.join()
         why = engines.first_text(job.error)
@@ -172,6 +174,7 @@ class Saver:
         self.job = None
         return Failed(job.step, why)
 
+    @PULSE.within("save")
     def finish(self) -> list[Saved | Failed]:
         """Wait until nothing is under way → as `advance`. Every worker must call."""
         ended: list[Saved | Failed] = []

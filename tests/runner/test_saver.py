@@ -9,17 +9,20 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from runs import HERE, config, prepared, torchrun
 from tiny import tiny_data
 
 from trimpot.runner.checkpoint import list_checkpoints, load_state, newest_checkpoint
 from trimpot.runner.journal import Journal
 from trimpot.runner.pace import FIRST_S, WRITING_SHARE, Pace
-from trimpot.runner.saver import Saved
+from trimpot.runner.pulse import PULSE
+from trimpot.runner.saver import Saved, Saver
 from trimpot.runner.types import Checkpoint, Event
 
 STEPS = 10
@@ -215,3 +218,30 @@ for n in range(40):
     assert any("10 lines were lost" in event["text"] for event in run.warnings)
     Journal(tmp_path)(Event("eval", {"step": 40, "loss": 1.0}))
     assert history(read(tmp_path)).evals[-1]["step"] == 40
+
+
+def test_waiting_for_a_slow_disk_is_part_of_a_save(tmp_path, monkeypatch):
+    """Else a worker that waits for the write before would be taken for one that hangs."""
+    gate, real = threading.Event(), os.fsync
+
+    def fsync(handle: int) -> None:
+        assert gate.wait(60)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    saver = Saver(tmp_path, keep=2, rank=0, world=1, token="token")
+    facts = {"plan_digest": "p", "data_digest": "d", "world_size": 1, "zero_stage": 0}
+    saver.begin(
+        {"w": {"weight": torch.ones(3)}}, sharded=False, began=time.perf_counter(),
+        step=3, cursor=12, complete=False, facts=facts,
+    )  # fmt: skip
+    assert PULSE.outer == ""
+    waiting = threading.Thread(target=saver.finish)
+    waiting.start()
+    while PULSE.outer != "save":
+        assert waiting.is_alive()
+        time.sleep(0.01)
+    gate.set()
+    waiting.join()
+    assert PULSE.outer == "" and PULSE.save_s > 0
+    assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == [3]
