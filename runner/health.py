@@ -61,7 +61,8 @@ class Health:
     ):
         """`every_steps`: of the checkpoints. `state`: of the checkpoint that a start goes on from,
         None of a new run or one that was saved before there was any."""
-        self.section, self.every_steps = section, every_steps
+        self.section = section
+        self.every_steps: int | Literal["auto"] = every_steps
         saved = state or {}
         self.losses = deque[float](saved.get("losses", ()), section.window)
         self.norms = deque[float](saved.get("norms", ()), section.window)
