@@ -465,13 +465,16 @@ OTHER: dict[str, Any] = {
     "fleet.gpus_per_worker": 0, "fleet.price_per_hour": 3.5, "fleet.offload_optimizer": True,
     "fleet.preemptible": True, "fleet.max_failures": 9, "tracking.sinks": ["wandb"],
     "kernels.cpu_gemm": "int16", "health.on_bad_step": "stop", "health.window": 64,
-    "health.rewind_after": 4,
+    "health.rewind_after": 4, "checkpoint.copy_to": "file:///c",
     **dict.fromkeys(KERNELS, "torch"),
 }  # fmt: skip
 """Another value for each key. Names that are not here get "x", counts 3."""
 
 
-WITH = ("task", "freeze.trainable", "model.double_quant", "deterministic")
+WITH = (
+    "task", "freeze.trainable", "model.double_quant", "deterministic", "checkpoint.copy_verify",
+    "checkpoint.copy_wait_s",
+)  # fmt: skip
 ALONE = [key for key in all_keys() if key not in WITH]
 """Keys that can be set without another: a task has one value, freeze wants its method,
 double_quant a quantization, and deterministic a micro-batch size."""
