@@ -20,6 +20,7 @@ from typing import Any
 from trimpot.cluster.launch import Outcome, run_plan
 from trimpot.cluster.policy import (
     ADVICE,
+    FINAL,
     Decision,
     Failure,
     Limits,
@@ -86,7 +87,8 @@ class Elastic:
         """Returns once the run is done or was told to stop. Raises TrimpotError where policy.py
         gives up, the error of the last start; ClusterError where there is no room."""
         while True:
-            workers = self._find_room()
+            with self.rooms.answering():
+                workers = self._find_room()
             if workers is None:
                 return Outcome(self.course.step, complete=False)
             outcome = self._start(workers)
@@ -152,18 +154,21 @@ class Elastic:
     def _judge(self, error: TrimpotError, overseer: Overseer) -> None:
         """Raises `error` unless the run is to go on."""
         course = self.course
-        lost = frozenset() if self.local else self.rooms.settle(course.nodes)
+        with self.rooms.answering(str(error)):
+            lost = frozenset() if self.local else self.rooms.settle(course.nodes)
+            leaving = self.rooms.leaving() | overseer.leaving
         failure = verdict(
             error,
             step=course.step,
             saved=course.saved,
             nodes=course.nodes,
-            leaving=self.rooms.leaving() | overseer.leaving,
+            leaving=leaving,
             lost=lost,
         )
         decision = decide(failure, self.failures, self.limits)
         self.failures.append(failure)
-        self._tell_failure(failure, decision)
+        if failure.kind not in FINAL:  # those are told once, as what ended the run
+            self._tell_failure(failure, decision)
         if not decision.restart:
             if isinstance(error, WorkerError):
                 text = f"{error}; {decision.why}; {ADVICE[failure.kind]}"

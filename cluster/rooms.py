@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from trimpot.runner.errors import ClusterError
 from trimpot.runner.types import Plan
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,22 @@ class Rooms:
         self.each: dict[str, float] = {"CPU": plan.config.fleet.cpus_per_worker}
         if gpus := worker_gpus(plan):
             self.each["GPU"] = gpus
+
+    @contextlib.contextmanager
+    def answering(self, before: str = "") -> Iterator[None]:
+        """Raises ClusterError where the cluster's head has no answer to what is asked inside.
+        `before`: what else is known to be wrong."""
+        from ray.exceptions import RayError
+
+        try:
+            yield
+        except (RayError, ConnectionError, TimeoutError, RuntimeError) as error:
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = f"{before}; then " if before else ""
+            raise ClusterError(
+                f"{first}the Ray cluster did not answer any more: {why}; "
+                "start it, and the same command goes on from the newest checkpoint"
+            ) from error
 
     def workers(self, ours: int | None = None) -> int:
         """How many fit on nodes that are to stay, if nobody else used them.
