@@ -48,13 +48,13 @@ def sealed(change: Callable[[dict[str, Any], Path], Any]) -> Make:
     """A checkpoint whose manifest was changed, and sealed again by somebody who knows how."""
 
     def make(folder: Path) -> None:
-        from trimpot.runner import checkpoint
+        from trimpot.runner.manifest import seal_of, text_of
 
         path = a_checkpoint(folder)
         manifest = json.loads((path / "manifest.json").read_text())
         change(manifest, path)
-        manifest["seal"] = checkpoint._seal(manifest)
-        (path / "manifest.json").write_text(checkpoint._text(manifest))
+        manifest["seal"] = seal_of(manifest)
+        (path / "manifest.json").write_text(text_of(manifest))
 
     return make
 

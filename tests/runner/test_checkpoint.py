@@ -14,8 +14,6 @@ from safetensors.torch import load, load_file
 from trimpot.runner.checkpoint import (
     MANIFEST,
     STATE,
-    _seal,
-    _text,
     check_shapes,
     list_checkpoints,
     load_state,
@@ -26,6 +24,7 @@ from trimpot.runner.checkpoint import (
 )
 from trimpot.runner.engine import State
 from trimpot.runner.errors import CheckpointError, StorageError  # noqa: F401 - WRITER's
+from trimpot.runner.manifest import seal_of, text_of
 
 FACTS = {"plan_digest": "p", "data_digest": "d", "world_size": 2}
 
@@ -147,13 +146,13 @@ DAMAGES = {
 
 def change(checkpoint: Path, **changes) -> None:
     path = checkpoint / MANIFEST
-    path.write_text(_text({**json.loads(path.read_text()), **changes}))
+    path.write_text(text_of({**json.loads(path.read_text()), **changes}))
 
 
 def edit(checkpoint: Path, **changes) -> None:
     """A change by somebody who knows about the seal."""
     manifest = json.loads((checkpoint / MANIFEST).read_text()) | changes
-    change(checkpoint, **changes, seal=_seal(manifest))
+    change(checkpoint, **changes, seal=seal_of(manifest))
 
 
 def link(path: Path) -> None:
