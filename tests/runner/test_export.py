@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from trimpot.cluster.cli import app
-from trimpot.runner import checkpoint, folders
+from trimpot.runner import folders
 from trimpot.runner.adapters.lora import LoraLinear
 from trimpot.runner.adapters.peft_io import CONFIG, WEIGHTS
 from trimpot.runner.config import Config
@@ -34,6 +34,7 @@ from trimpot.runner.errors import (
 )
 from trimpot.runner.export import export_run
 from trimpot.runner.journal import Journal
+from trimpot.runner.manifest import seal_of, text_of
 from trimpot.runner.tuned import load_base, load_tuned
 from trimpot.runner.types import Event, StepReport
 
@@ -396,7 +397,7 @@ def rewrite_manifest(run: Path, **changes: Any) -> None:
     """As a save of that content would have written it: sealed."""
     path = next(run.glob("checkpoints/step-*/manifest.json"))
     manifest = {**json.loads(path.read_text()), **changes}
-    path.write_text(checkpoint._text({**manifest, "seal": checkpoint._seal(manifest)}))
+    path.write_text(text_of({**manifest, "seal": seal_of(manifest)}))
 
 
 def test_an_unfinished_run_is_exported_from_its_checkpoint(
