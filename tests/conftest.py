@@ -45,3 +45,13 @@ def bucket(s3_server: Any) -> str:
     s3_server.client().create_bucket(Bucket=name)
     s3_server.requests.clear()
     return name
+
+
+@pytest.fixture(autouse=True)
+def no_pool() -> Iterator[None]:
+    """What a test has set for its process, by a training in it, ends with it."""
+    from trimpot.kernels import heap
+
+    heap._Pool.on = False
+    yield
+    heap._Pool.on = False

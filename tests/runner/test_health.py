@@ -51,9 +51,10 @@ def job(name: str, checked: Any, faults: dict[str, list[int]], stop: int | None)
 OPTIM = {"batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-2, "schedule": "constant"}
 FAULTS = {"loss": [1], "gradient": [3], "steep": [7], "high loss": [9]}
 ALWAYS = {"check_every": 1}
+STAGES = (0, 2, 3)
 VARIANTS = {
-    **{f"fp32-zero{stage}": {"fleet": {"zero_stage": stage}} for stage in range(4)},
-    **{f"bf16-zero{s}": {"precision": "bf16", "fleet": {"zero_stage": s}} for s in (0, 1, 2)},
+    **{f"fp32-zero{stage}": {"fleet": {"zero_stage": stage}} for stage in STAGES},
+    **{f"bf16-zero{s}": {"precision": "bf16", "fleet": {"zero_stage": s}} for s in (0, 1)},
     "offload": {
         "fleet": {"zero_stage": 2, "offload_optimizer": True},
         "kernels": {"adamw_step": "torch"},
@@ -140,7 +141,7 @@ def test_a_bad_step_leaves_weights_and_moments_as_they_are(model, tmp_path):
         health = {v["step"]: v["health"] for v in of_kind(first, "step")}
         assert {s for s, h in health.items() if h != "ok"} == {*bad}, name
     wanted = plain_losses(jobs[0]["plan"], {*bad}, {})
-    for stage in range(4):
+    for stage in STAGES:
         found = losses_of(runs[f"fp32-zero{stage}"][0])
         for step in {*range(1, 21)} - {1, 9}:
             assert found[step] == pytest.approx(wanted[step - 1], rel=1e-4), (stage, step)
