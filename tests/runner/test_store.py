@@ -182,7 +182,9 @@ def test_a_missing_package_is_named(monkeypatch):
     """fsspec's own registry imports it; None in sys.modules is a package that is not there."""
     for name in ("gcsfs", "s3fs"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})  # of those it has loaded
+    loaded = sys.modules["fsspec.registry"]._registry
+    for protocol in ("gs", "s3"):
+        monkeypatch.delitem(loaded, protocol, raising=False)
     for url, package in (("gs://bucket/run", "gcsfs"), ("s3://bucket/run", "s3fs")):
         with pytest.raises(StorageError, match=f"pip install {package}"):
             Store(url)
