@@ -250,10 +250,10 @@ def test_two_workers_and_their_shards(model, tmp_path, s3_server, bucket):
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("s3://AKIAKEY:hunter2secret@bucket/run", "by environment"),
-        ("s3://bucket/run?secret=hunter2secret", "by environment"),
-        ("https://x.blob.core/run?sig=hunter2secret", "by environment"),
-        ("s3://AKIAKEY:hunter2/secret@bucket/run", "by environment"),
+        ("s3://AKIAKEY:hunter2secret@bucket/run", "environment"),
+        ("s3://bucket/run?secret=hunter2secret", "environment"),
+        ("https://x.blob.core/run?sig=hunter2secret", "environment"),
+        ("s3://AKIAKEY:hunter2/secret@bucket/run", "environment"),
         ("file://mnt/store", "three slashes"),
         ("memory://run", "ends with its process"),
         ("simplecache::s3://bucket/run", "no URL of a store"),
