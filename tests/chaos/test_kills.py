@@ -27,7 +27,7 @@ from tiny import chat_data
 from trimpot.cluster import journal as journals
 
 STEPS, EVERY = 32, 4
-QUICK, LONG = 7, 56
+QUICK, LONG = 5, 58
 """Schedules in `make test`, and further ones in `make chaos`."""
 RUN_S = 240
 

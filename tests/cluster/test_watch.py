@@ -111,7 +111,7 @@ def assert_in_time(values: Mapping[str, Any], beat: Mapping[str, Any]) -> None:
     assert allowed < values["seconds"] < allowed + NOTICED_S
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_worker_that_holds_the_lock_in_c(model, tmp_path):
     with faulty(model, tmp_path, "spin") as (process, watcher, told, _):
         until(lambda: watcher.error is not None, process)
@@ -123,7 +123,7 @@ def test_a_worker_that_holds_the_lock_in_c(model, tmp_path):
     assert "standing.py" in second and " in spin" in second
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_slow_worker_is_a_straggler(model, tmp_path):
     with faulty(model, tmp_path, "slow", micro=1) as (process, watcher, told, _):
         until(lambda: told, process, timeout=400)

@@ -120,7 +120,7 @@ def test_a_new_disk_goes_on_from_the_store_bit_for_bit(model, tmp_path, s3_serve
     assert s3_server.keys(bucket) == []
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_server_that_is_away_at_the_end(model, tmp_path, s3_server, bucket):
     """The run is done, its checkpoints are on disk; what is missing is said, and made good."""
     data, url = tiny_data(tmp_path, 40), f"s3://{bucket}/run"
