@@ -136,7 +136,7 @@ def test_every_arrangement_trains_what_plain_torch_trains(reference, tmp_path, w
             assert (saved[key] - tensor).abs().max() < 1e-4, (name, key)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_worlds_that_do_not_divide_train_the_same(reference, tmp_path):
     """4 and 8 micro-batches a step on 3 workers, of which 2 and 1 idle in the last round."""
     base, losses, adapter = reference
