@@ -345,9 +345,14 @@ def test_the_logits_of_all_tokens_are_never_there(backend: str, n: Terms) -> Non
     chosen = implementation(op.OP, backend)
     settings = (IGNORE, n.softcap, n.temperature)
     for need_dw in (False, True):
-        with Largest() as seen:
+
+        def run(need_dw: bool = need_dw) -> None:
             _, lse = chosen.forward(g.h, g.weight, g.labels, *settings)
             chosen.backward(g.g, g.h, g.weight, g.labels, lse, *settings, True, need_dw)
+
+        run()  # bf16x3 keeps memory for the halves of h, which is larger here than a chunk
+        with Largest() as seen:
+            run()
         # A chunk is 16 rows (14 in C++), W and its pack are two of them.
         assert 14 * vocabulary <= seen.items <= 33 * vocabulary
     with Largest() as seen:
