@@ -296,6 +296,6 @@ class Overseer(threading.Thread):
         return True
 
     def _ask(self, reason: str, text: str) -> None:
-        self.asked = True
         self.flag.write_text(reason, encoding="utf-8")
+        self.asked = True
         self.tell(Event("leave", {"reason": reason, "text": text, "step": self.course.step}))

@@ -107,8 +107,8 @@ def find_hang(sights: Sights, now: float) -> Hang | None:
     late_s = SILENT_BEATS * period_s(sights.world)
     silent = tuple(rank for rank, s in there.items() if now - s.beat_at > late_s)
     still_s = now - max(s.moved_at for s in there.values())
-    deciding = [s for r, s in there.items() if r in silent or not s.beat.waiting]
-    allowed_s = max(limit_s(s.beat) for s in deciding or there.values())
+    deciding = [r for r, s in there.items() if r in silent or not s.beat.waiting]
+    allowed_s = max(_limit_of(there, rank, silent) for rank in deciding or there)
     if missing:
         allowed_s = max(allowed_s, LONG_S)
     if len(silent) == len(there):
@@ -118,6 +118,18 @@ def find_hang(sights: Sights, now: float) -> Hang | None:
     ranks = missing or _behind(there, silent)
     rank = min(ranks, default=None)
     return Hang(rank, ranks, silent, still_s, _told(there, ranks, missing, silent, still_s))
+
+
+def _limit_of(there: Mapping[int, Sight], rank: int, silent: Sequence[int]) -> float:
+    """How long a worker may be where it is. The last pulse of a silent one is up to a period old,
+    and may be of the start; whoever has timed steps has met it in each of them, so that it is past
+    that, too."""
+    beat = there[rank].beat
+    if rank in silent and beat.steps < TIMED:
+        met = [s.beat for r, s in there.items() if r not in silent and s.beat.steps >= TIMED]
+        if met:
+            return max(map(limit_s, met))
+    return limit_s(beat)
 
 
 def limit_s(beat: Beat) -> float:

@@ -20,7 +20,7 @@ from typing import Any
 from trimpot.cluster.rooms import on_nodes, worker_gpus
 from trimpot.cluster.verdict import explain
 from trimpot.cluster.watch import Watch
-from trimpot.runner.errors import ClusterError
+from trimpot.runner.errors import ClusterError, StorageError
 from trimpot.runner.plan.plan import plan_to_json
 from trimpot.runner.pulse import FOLDER
 from trimpot.runner.telemetry import OFF, telemetry_off
@@ -240,7 +240,10 @@ def _pulses(run: Path) -> Iterator[Path]:
     every = run / "pulse"
     shutil.rmtree(every, ignore_errors=True)
     folder = every / secrets.token_hex(4)
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(f"{folder} can't be made: {error.strerror}; make room there") from None
     try:
         yield folder
     finally:

@@ -28,8 +28,7 @@ def give_back_pages(tensor: torch.Tensor) -> int:
     """
     if not sys.platform.startswith("linux") or not tensor.is_contiguous():
         return 0
-    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
-    begin, end = -(-begin // PAGE) * PAGE, end // PAGE * PAGE
+    begin, end = _extent(tensor)
     try:
         if begin >= end or not _in_a_file(begin, end) or _written_to(begin, end):
             return 0
@@ -38,6 +37,27 @@ def give_back_pages(tensor: torch.Tensor) -> int:
         return 0
     done = libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
     return 0 if done else end - begin
+
+
+def pages_are_away(tensor: torch.Tensor) -> bool:
+    """Whether less than half of the tensor's memory is here: its pages were given back."""
+    if not sys.platform.startswith("linux") or not tensor.is_contiguous():
+        return False
+    begin, end = _extent(tensor)
+    if begin >= end:
+        return False
+    try:
+        pages = _pages(begin, end)
+    except OSError:
+        return False
+    here = int((pages & _PRESENT).astype(bool).sum())
+    return len(pages) == (end - begin) // PAGE and 2 * here < len(pages)
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """(begin, end) of the pages that a contiguous tensor has for itself."""
+    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+    return -(-begin // PAGE) * PAGE, end // PAGE * PAGE
 
 
 def _in_a_file(begin: int, end: int) -> bool:
@@ -53,11 +73,15 @@ def _in_a_file(begin: int, end: int) -> bool:
 
 def _written_to(begin: int, end: int) -> bool:
     """Whether a page of [begin, end) is no longer the file's. Pages that are away are."""
-    with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
-        pagemap.seek(begin // PAGE * 8)
-        raw = pagemap.read((end - begin) // PAGE * 8)
-    pages = np.frombuffer(raw, np.uint64)
+    pages = _pages(begin, end)
     if len(pages) != (end - begin) // PAGE:
         return True
     own = (pages & _PRESENT).astype(bool) & ~(pages & _OF_FILE).astype(bool)
     return bool((own | (pages & _SWAPPED).astype(bool)).any())
+
+
+def _pages(begin: int, end: int) -> np.ndarray:
+    """What pagemap says of each page of [begin, end) → uint64, maybe of fewer. Raises OSError."""
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
+        pagemap.seek(begin // PAGE * 8)
+        return np.frombuffer(pagemap.read((end - begin) // PAGE * 8), np.uint64)

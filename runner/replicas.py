@@ -6,6 +6,9 @@ even where there is no other. Trained weights that every worker has whole (all o
 stage 2) are equal everywhere; the workers compare, and the minority is suspect. Two workers that
 differ are both suspect. At stage 3 a trained weight is held once: nothing is there to compare.
 
+Weights that a CPU has packed (kernels/cpp) are compared as their file has them: a bit that flips in
+the pack itself is not seen.
+
 From stage 1 on, each update hands the trained weights out anew by whoever holds their masters. A
 copy that was damaged before is good again then; a damaged master is every worker's.
 """
@@ -21,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trimpot.kernels.mapped import give_back_pages, pages_are_away
 from trimpot.kernels.ops.content_hash import hash_documents
 from trimpot.runner import engine as engines
 from trimpot.runner.engine import Engine
@@ -90,10 +94,13 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
     """16 hex digits of what the tensors hold, bit by bit, in their order and division."""
     found = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
+        away = not tensor.is_cuda and pages_are_away(tensor)
         raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
         words, rest = raw[: len(raw) // 4 * 4].view(torch.int32), raw[len(raw) // 4 * 4 :]
         value = weighted_sum(words) if words.is_cuda else _xxh64(words)
         found.update(value.to_bytes(8, "little") + bytes(rest.tolist()))
+        if away:  # as they were: packed weights are read here, and by nobody else
+            give_back_pages(tensor)
     return found.hexdigest()
 
 

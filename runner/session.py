@@ -109,9 +109,10 @@ class Session:
                 raise
             step = replace(step, checkpoint=saved.path.name)
         elif due or (every != "auto" and step.step % every == 0):
+            began = time.perf_counter()
             self._hear(self.saver.finish())
             self._check(step)
-            self._begin(step.step, complete=False)
+            self._begin(step.step, complete=False, began=began)
         self.report(step)
         return bool(stop)
 
@@ -183,9 +184,10 @@ class Session:
             self.report(Event("sample", values))
 
     @PULSE.within("save")
-    def _begin(self, step: int, complete: bool) -> None:
-        """Copy what is trained, and have it written. Under ZeRO every worker must call."""
-        began = time.perf_counter()
+    def _begin(self, step: int, complete: bool, began: float | None = None) -> None:
+        """Copy what is trained, and have it written. Under ZeRO every worker must call. `began`:
+        time.perf_counter() when training stopped for it, if that was not now."""
+        began = time.perf_counter() if began is None else began
         config = self.plan.config
         sharded = self.world > 1 and config.method != "lora"
         facts = {

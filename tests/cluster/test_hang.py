@@ -72,6 +72,17 @@ def test_a_worker_that_stopped_is_named():
     assert "workers 0, 2 wait in gloo:all_reduce [5], number 31" in hang.text
 
 
+def test_the_last_pulse_of_a_stopped_worker_may_be_of_its_start():
+    """Steps of 0.05 s: it was stopped in the 12th, and told last of its engine."""
+    early = beat(1, section="engine", step=0, steps=0, collectives=2)
+    fast = {"steps": 10, "step_s": 0.05, "longest_s": 0.06}
+    hang = found(beat(0, **WAITING, **fast), early, seconds=6, silent=(1,))
+    assert hang is not None and hang.rank == 1
+    # As long as nobody has timed a step, or its pulse arrives, it may well be there.
+    assert found(beat(0, **WAITING, steps=2), early, seconds=60, silent=(1,)) is None
+    assert found(beat(0, **WAITING, **fast), early, seconds=60) is None
+
+
 def test_a_worker_that_others_wait_for_is_named():
     hang = found(beat(0, **WAITING), beat(1, section="data"), seconds=6)
     assert hang is not None and hang.rank == 1 and hang.silent == ()

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from trimpot.kernels import native
 from trimpot.kernels.cpp import gemm
-from trimpot.kernels.mapped import PAGE, give_back_pages
+from trimpot.kernels.mapped import PAGE, give_back_pages, pages_are_away
+from trimpot.runner.replicas import fingerprint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of its pages")
 ROWS, DEPTH = 512, 1024
@@ -47,6 +48,16 @@ def test_pages_go_and_come_back_with_the_same_values(weight: torch.Tensor) -> No
     assert weight.nbytes - 2 * PAGE <= give_back_pages(weight) <= weight.nbytes
     assert resident(weight) <= 2 * PAGE
     assert torch.equal(weight, drawn())
+
+
+def test_a_look_at_what_is_away_leaves_it_away(weight: torch.Tensor) -> None:
+    first = fingerprint([weight])
+    assert torch.equal(weight, drawn())
+    assert not pages_are_away(weight) and fingerprint([weight]) == first
+    assert resident(weight) > 0.9 * weight.nbytes
+    give_back_pages(weight)
+    assert pages_are_away(weight) and fingerprint([weight]) == first
+    assert resident(weight) <= 2 * PAGE
 
 
 @pytest.mark.parametrize("row", [1, ROWS // 2, ROWS - 2])
