@@ -5,9 +5,6 @@ Torch-free, so that `trimpot plan` and an editor's schema answer at once.
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -23,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from trimpot.runner.config_faults import describe, keys_of
 from trimpot.runner.errors import ConfigError
 from trimpot.runner.redact import find_secret
 
@@ -497,87 +495,14 @@ def check_config(raw: dict[str, Any], source: str) -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[:MOST_FAULTS]
-        faults = [_describe(fault) for fault in first]
+        faults = [describe(fault, Config) for fault in first]
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise ConfigError(f"{source}: " + "; ".join(_unique(faults)[:3]) + more) from None
-
-
-def _unique(items: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(items))
-
-
-def _describe(fault: Any) -> str:
-    """One line of a pydantic error: where, what is, what was wanted."""
-    given: tuple[Any, ...] = fault["loc"]
-    own = given[-1:] if fault["type"] in ("extra_forbidden", "invalid_key") else ()
-    # pydantic names the branches of a union on the way; a key that is unknown is the file's own.
-    loc = tuple(
-        part
-        for part in given[: len(given) - len(own)]
-        if part not in ("int", "float", "constrained-int", "count", "range")
-        and not (isinstance(part, str) and ("[" in part or "-" in part))
-    )
-    loc += own
-    where = _cut(".".join(str(part) for part in loc))
-    match fault["type"]:
-        case "extra_forbidden":
-            known = sorted(_keys_at(loc[:-1]))
-            close = difflib.get_close_matches(str(loc[-1])[:64], known, n=1, cutoff=0.6)
-            elsewhere = [key for key in all_keys() if key.split(".")[-1] == str(loc[-1])]
-            hint = (
-                f"did you mean {elsewhere[0]}?"
-                if elsewhere
-                else f"did you mean {close[0]}?"
-                if close
-                else f"known here: {', '.join(known)}"
-            )
-            return f"unknown key {where}; {hint}"
-        case "invalid_key":
-            return f"unknown key {where}; keys are words: {', '.join(sorted(_keys_at(loc[:-1])))}"
-        case "missing":
-            return f"{where} is missing; it must be set"
-        case "value_error":
-            message = str(fault["msg"]).removeprefix("Value error, ")
-            return f"{where}: {message}" if where else message
-        case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{where} is {_show(fault['input'])}; a section with keys is wanted"
-        case _:
-            message = str(fault["msg"])
-            message = message[:1].lower() + message[1:]
-            return f"{where} is {_show(fault['input'])}: {message}"
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, int) and value.bit_length() > 1000:
-        return f"a number of {value.bit_length()} bits"
-    return _cut(json.dumps(value, default=str, ensure_ascii=False))
-
-
-def _cut(text: str) -> str:
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:120])
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _sections(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel] | None]]:
-    for name, info in model.model_fields.items():
-        options = (info.annotation, *getattr(info.annotation, "__args__", ()))
-        inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        yield name, inner[0] if inner else None
-
-
-def _keys_at(loc: tuple[Any, ...]) -> list[str]:
-    model: type[BaseModel] | None = Config
-    for part in loc:
-        model = dict(_sections(model)).get(str(part)) if model else None
-    return [name for name, _ in _sections(model)] if model else []
+        raise ConfigError(f"{source}: " + "; ".join([*dict.fromkeys(faults)][:3]) + more) from None
 
 
 def all_keys() -> list[str]:
     """Every key of the config, dotted."""
-    keys: list[str] = []
-    for name, section in _sections(Config):
-        keys += [f"{name}.{key}" for key, _ in _sections(section)] if section else [name]
-    return keys
+    return keys_of(Config)
 
 
 def json_schema() -> dict[str, Any]:

@@ -502,6 +502,12 @@ PLAN = [
     ),
     key("fewest over most workers", {"fleet": {"workers": {"min": 3, "max": 2}}}, "min 3", "max 2"),
     key("a range without its top", {"fleet": {"workers": {"min": 3}}}, "fleet.workers.max", "must"),
+    key(
+        "a range with a key of its own",
+        {"fleet": {"workers": {"min": 1, "max": 2, "foo": 3}}},
+        "unknown key fleet.workers.foo",
+        "known here: max, min",
+    ),
     key("no workers", {"fleet": {"workers": 0}}, "fleet.workers is 0", "greater than 0"),
     key(
         "more workers than work",
