@@ -46,6 +46,7 @@ RUN_PARTS = (
     "failure.log",
     "stop",
     "leave",
+    "pulse",
 )
 """What `--fresh` removes. Compiled data stay: they are of this run by the time it does."""
 LEAST_FREE_BYTES = 64 * 2**20
@@ -212,8 +213,7 @@ def _not_writable(run: Path, error: OSError) -> StorageError:
 
 def clear_run(run: Path) -> None:
     """Remove what earlier runs left in a run directory, and nothing else."""
-    for name in RUN_PARTS:
-        path = run / name
+    for path in (*(run / name for name in RUN_PARTS), *run.glob("hang-*.txt")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
