@@ -167,21 +167,24 @@ class Elastic:
         )
         decision = decide(failure, self.failures, self.limits)
         self.failures.append(failure)
+        with self.rooms.answering(str(error)):
+            address = "" if self.local else self.rooms.address(failure.node)
+        text = f"{error} (node {address})" if address else str(error)
         if failure.kind not in FINAL:  # those are told once, as what ended the run
-            self._tell_failure(failure, decision)
+            self._tell_failure(failure, decision, text)
         if not decision.restart:
             if isinstance(error, WorkerError):
-                text = f"{error}; {decision.why}; {ADVICE[failure.kind]}"
+                text = f"{text}; {decision.why}; {ADVICE[failure.kind]}"
                 raise WorkerError(f"{text}; see {self.run_dir}/failure.log") from error.__cause__
             raise error
         until = time.monotonic() + decision.wait_s
         while time.monotonic() < until and not self._told_to_stop():
             time.sleep(0.2)
 
-    def _tell_failure(self, failure: Failure, decision: Decision) -> None:
+    def _tell_failure(self, failure: Failure, decision: Decision, text: str) -> None:
         values = {
             "verdict": failure.kind,
-            "text": failure.text,
+            "text": text,
             "rank": failure.rank,
             "node": failure.node,
             "step": failure.step,

@@ -280,11 +280,13 @@ def _sessions(run: Run) -> list[dict[str, str]]:
         resumed = start.get("resumed_from")
         began = "from the beginning" if resumed is None else f"from step {resumed:,}"
         if session.steps_redone:
-            began += f", {session.steps_redone:,} steps done again"
+            redone = session.steps_redone
+            began += f", {redone:,} step{'s' * (redone != 1)} done again"
         if end:
             ended = f"{end['status']} after step {end['step']:,}"
         elif parting := session.parting:
             why = parting.get("verdict") or parting["reason"]
+            why = "left, to grow," if why == "grow" else why
             ended = f"{why} after step {parting['step']:,}"
         else:
             ended = "no end recorded"

@@ -97,6 +97,11 @@ class Rooms:
             waiting = {*asked} - {*on_nodes(_nothing, asked, ANSWER_S)}
         return frozenset({*nodes} - self._alive())
 
+    def address(self, node: str | None) -> str:
+        """Of a node by its id, also of one that is lost; "" where it is not known."""
+        found = (n["NodeManagerAddress"] for n in self.ray.nodes() if n["NodeID"] == node)
+        return next(found, "")
+
     def _alive(self) -> set[str]:
         return {node["NodeID"] for node in self.ray.nodes() if node["Alive"]}
 

@@ -136,6 +136,7 @@ def test_one_run_shrinks_grows_and_loses_a_node(model, tmp_path, count):
     assert [s.steps_redone for s in history.sessions[:3]] == [0, 0, 0]
     assert [s["loss"] for s in history.steps] == pytest.approx(expected, rel=1e-4)
     assert [f["verdict"] for f in history.failures] == ["node lost"]
+    assert history.failures[0]["text"].endswith(f"(node {cluster.nodes[-1].host.address})")
     lost = history.sessions[3].steps_redone
     count(schedules=1, survived=1, steps_lost=lost)
     assert lost <= 20
