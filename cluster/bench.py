@@ -40,7 +40,8 @@ def bench_launch(
     bare: list[Start] = []
     with tempfile.TemporaryDirectory(prefix="trimpot-bench-") as folder:
         for repeat in range(repeats):
-            config = _config(Path(folder) / f"run-{repeat}", model, data, workers, steps)
+            run = Path(folder) / f"run-{repeat}"
+            config = run_config(run, model, data, workers, steps, steps)
             ours.append(_under_ray(config))
             bare.append(_under_torchrun(config, workers))
             say(
@@ -53,8 +54,8 @@ def bench_launch(
         "workers": workers,
         "steps": steps,
         "repeats": repeats,
-        "step_ratio": _ratios([_median(a) / _median(b) for a, b in zip(ours, bare, strict=True)]),
-        "start_ratio": _ratios(
+        "step_ratio": ratios([_median(a) / _median(b) for a, b in zip(ours, bare, strict=True)]),
+        "start_ratio": ratios(
             [a.to_first_step_s / b.to_first_step_s for a, b in zip(ours, bare, strict=True)]
         ),
         "start_share": _shares(ours),
@@ -68,9 +69,9 @@ def _median(start: Start) -> float:
     return statistics.median(start.steps_s[SKIPPED_STEPS:])
 
 
-def _ratios(values: list[float]) -> dict[str, float]:
+def ratios(values: list[float], digits: int = 4) -> dict[str, float]:
     names = {"median": statistics.median(values), "low": min(values), "high": max(values)}
-    return {name: round(value, 4) for name, value in names.items()}
+    return {name: round(value, digits) for name, value in names.items()}
 
 
 def _shares(starts: list[Start]) -> dict[str, float]:
@@ -95,7 +96,10 @@ def _tell(result: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"start under {where}: {shares}")
 
 
-def _config(run: Path, model: Path, data: Path, workers: int, steps: int) -> Path:
+def run_config(
+    run: Path, model: Path, data: Path, workers: int, steps: int, every_steps: int | str
+) -> Path:
+    """A config of a small run beside its folder `run`; a checkpoint `every_steps`."""
     values = {
         "model": {"path": str(model.resolve())},
         "precision": "fp32",
@@ -103,7 +107,7 @@ def _config(run: Path, model: Path, data: Path, workers: int, steps: int) -> Pat
         "data": {"train": str(data.resolve()), "eval_fraction": 0, "max_length": 256},
         "optim": {"batch_size": 4 * workers, "max_steps": steps},
         "fleet": {"workers": workers, "zero_stage": 2},
-        "checkpoint": {"every_steps": steps},
+        "checkpoint": {"every_steps": every_steps},
         "samples": {"prompts": 0},
     }
     path = run.with_suffix(".yaml")
@@ -113,8 +117,13 @@ def _config(run: Path, model: Path, data: Path, workers: int, steps: int) -> Pat
 
 def _under_ray(config: Path) -> Start:
     started = time.time()
-    _run([sys.executable, "-m", "trimpot.cluster.cli", "train", str(config)])
+    train(config)
     return _read(config.with_suffix(""), started)
+
+
+def train(config: Path) -> None:
+    """`trimpot train` of it, on a Ray of its own. Raises TrainError."""
+    _run([sys.executable, "-m", "trimpot.cluster.cli", "train", str(config)])
 
 
 def _under_torchrun(config: Path, workers: int) -> Start:

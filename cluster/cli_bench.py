@@ -59,6 +59,27 @@ def launch(
         _emit(values)
 
 
+@bench.command("saves")
+def saves(
+    model: Annotated[Path, typer.Option(help="Folder of the model to train.")],
+    data: Annotated[Path, typer.Option(help="Data to train on.")],
+    workers: Annotated[int, typer.Option(min=1)] = 2,
+    steps: Annotated[int, typer.Option(min=5, help="The first save comes after 60 s.")] = 400,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End with one JSON object on a line.")
+    ] = False,
+) -> None:
+    """What checkpoints at their default interval cost a run, against the same run without them."""
+    from trimpot.cluster.bench_saves import bench_saves
+
+    values = bench_saves(
+        model, data, workers, steps, repeats, say=_progress if as_json else typer.echo
+    )
+    if as_json:
+        _emit(values)
+
+
 @bench.command("kernels")
 def kernels(
     op: Annotated[str, typer.Option(help="Ops by name, with commas; without it, all.")] = "",

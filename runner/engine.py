@@ -439,6 +439,7 @@ def sum_over_workers(values: list[float]) -> list[float]:
 
 
 def leave_workers() -> None:
+    sequence_workers.cache_clear()  # no group outlives this: its threads would meet a dead Python
     if dist.is_initialized():
         dist.destroy_process_group()
 

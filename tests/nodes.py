@@ -94,8 +94,20 @@ class Node:
         """Everything that runs on this node."""
         if self.host.namespace:
             return [int(pid) for pid in ip("netns", "pids", self.host.namespace).split()]
+        if self.process.poll() is not None:
+            return []
         tree = psutil.Process(self.process.pid)
         return [tree.pid, *(child.pid for child in tree.children(recursive=True))]
+
+    def kill_raylet(self) -> None:
+        """Its raylet alone; what that served ends by itself, or is ended here."""
+        for pid in self.pids():
+            with contextlib.suppress(psutil.Error):
+                if (process := psutil.Process(pid)).name() == "raylet":
+                    process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(3)
+        self.kill()
 
     def kill(self) -> None:
         """The node is gone: SIGKILL to all of it at once."""
@@ -189,7 +201,7 @@ class Cluster:
                 os.killpg(node.process.pid, signal.SIGTERM)
         for node in self.nodes:
             try:
-                node.process.wait(20)
+                node.process.wait(5)  # some take 30 s to end by themselves
             except subprocess.TimeoutExpired:
                 node.kill()
 

@@ -61,6 +61,7 @@ def torchrun(world_size: int, *arguments: str | Path, timeout: float = 300) -> N
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={world_size}", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment["PYTHONFAULTHANDLER"] = "1"  # an abort leaves its stacks
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )

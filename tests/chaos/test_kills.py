@@ -27,9 +27,11 @@ from tiny import chat_data
 from trimpot.cluster import journal as journals
 
 STEPS, EVERY = 32, 4
-QUICK, LONG = 5, 58
+QUICK, LONG = 7, 58
 """Schedules in `make test`, and further ones in `make chaos`."""
 RUN_S = 240
+STOPPED_S = 40
+"""A stopped worker that is not ended by then goes on."""
 
 
 @dataclass
@@ -54,6 +56,11 @@ class Run:
 
     def starts(self) -> int:
         return sum(event["kind"] == "start" for event in self.events())
+
+    def steps_of_this_start(self) -> int:
+        kinds = [event["kind"] for event in self.events()]
+        since = max((at for at, kind in enumerate(kinds) if kind == "start"), default=len(kinds))
+        return kinds[since:].count("step")
 
     def workers(self) -> list[psutil.Process]:
         """The processes that train, or are about to."""
@@ -130,13 +137,38 @@ def driver_killed(run: Run, draw: random.Random) -> None:
     run.driver = run.cluster.train(run.yaml)
 
 
+def worker_stopped(run: Run, draw: random.Random) -> None:
+    """SIGSTOP: it is found to hang, and ended; or, at the run's end, where a worker may take its
+    time, it goes on after a while."""
+    run.until(lambda: run.steps_of_this_start() > 5)
+    time.sleep(draw.random())
+    starts = run.starts()
+    with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # none is left to be stopped
+        victim = draw.choice(run.workers())
+        victim.suspend()
+        deadline = time.monotonic() + STOPPED_S
+        run.until(lambda: run.starts() > starts or time.monotonic() > deadline)
+        victim.resume()
+
+
+def raylet_killed(run: Run, draw: random.Random) -> None:
+    """SIGKILL to a node's raylet, which takes the node along; another node comes for it."""
+    at_a_step(run, draw)
+    node = draw.choice([n for n in run.cluster.nodes[1:] if n.process.poll() is None])
+    node.kill_raylet()
+    time.sleep(3 * draw.random())
+    run.cluster.add()
+
+
 FAULTS = (
     worker_killed,
     worker_told,
     killed_during_a_save,
     driver_killed,
-    workers_killed,
+    raylet_killed,
+    worker_stopped,
     killed_during_start,
+    workers_killed,
     worker_crashes,
 )
 
@@ -218,7 +250,7 @@ def survive(
 
 
 def schedule(seed: int) -> list:
-    """One to three faults; over seven seeds in a row, each kind is the first one once."""
+    """One to three faults; over nine seeds in a row, each kind is the first one once."""
     draw = random.Random(seed)
     first = FAULTS[seed % len(FAULTS)]
     return [first, *draw.choices(FAULTS, k=draw.choice([0, 0, 1, 2]))]
@@ -231,6 +263,8 @@ def test_a_broken_run_ends_as_the_unbroken_one(
 ) -> None:
     faults = [FAULTS[seed]]
     folder = survive(cluster, model, tmp_path, seed, faults, count)
+    kinds = [event["kind"] for event in journals.read(folder)]
+    assert "failure" in kinds or kinds.count("start") > 1  # it was broken
     assert adapter(folder) == adapter(unbroken)
     assert losses(folder) == losses(unbroken)
 
