@@ -66,9 +66,13 @@ def bench_saves(
 def read(run: Path) -> Course:
     """What a run's journal says of its steps and saves."""
     events = journals.read(run)
-    ended = [event["time"] for event in events if event["kind"] == "step"]
-    first, last = ended[SKIPPED_STEPS - 1], ended[-1]
-    saves = [e for e in events if e["kind"] == "checkpoint" and first < e["time"] < last]
+    ended = {event["step"]: event["time"] for event in events if event["kind"] == "step"}
+    first, last = ended[SKIPPED_STEPS], ended[len(ended)]
+    saves = [
+        event
+        for event in events
+        if event["kind"] == "checkpoint" and SKIPPED_STEPS <= event["step"] < len(ended)
+    ]
     stalls_s = sum(save["stall_seconds"] for save in saves)
     return Course(
         seconds_per_step=(last - first) / (len(ended) - SKIPPED_STEPS),
