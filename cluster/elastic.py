@@ -155,6 +155,7 @@ class Elastic:
         """Raises `error` unless the run is to go on."""
         course = self.course
         with self.rooms.answering(str(error)):
+            self.rooms.release()
             lost = frozenset() if self.local else self.rooms.settle(course.nodes)
             leaving = self.rooms.leaving() | overseer.leaving
         failure = verdict(

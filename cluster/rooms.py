@@ -97,6 +97,22 @@ class Rooms:
             waiting = {*asked} - {*on_nodes(_nothing, asked, ANSWER_S)}
         return frozenset({*nodes} - self._alive())
 
+    def release(self) -> None:
+        """Give back what failed starts of ours hold. Ray Train loses sight of its placement group
+        where a worker dies between its set-up and its first work, and the group, which lives as
+        long as the driver's job, then keeps its nodes from every start that follows."""
+        from ray.util.placement_group import (
+            PlacementGroup,
+            PlacementGroupID,
+            placement_group_table,
+            remove_placement_group,
+        )
+
+        ours = self.ray.get_runtime_context().get_job_id()
+        for name, group in placement_group_table().items():
+            if name.endswith(ours) and group["state"] != "REMOVED":  # its id ends with its job's
+                remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
     def address(self, node: str | None) -> str:
         """Of a node by its id, also of one that is lost; "" where it is not known."""
         found = (n["NodeManagerAddress"] for n in self.ray.nodes() if n["NodeID"] == node)

@@ -31,6 +31,8 @@ def explain(error: BaseException) -> TrimpotError:
     if "No module named 'trimpot'" in str(cause):
         return ClusterError(f"{_why(cause)} on the cluster's nodes; install trimpot there, as here")
     who = "Ray Train" if rank is None else f"worker {rank}"
+    if rank is None and _in_start(error):
+        who = "a worker that started"
     match _kind(error, cause):
         case "crash":
             return WorkerError(f"{who} died{_last_words(cause)}")
@@ -107,9 +109,21 @@ def _kind(error: BaseException, cause: BaseException) -> Kind:
     if _died(cause):
         gone = "node" in str(cause).lower() and "died" in str(cause) and not _killed(cause)
         return "node lost" if gone else "crash"
-    if any(type(e).__name__.startswith("WorkerGroupStartup") for e in _chain(cause)):
+    if _named(cause, "WorkerGroupStartupTimeoutError"):
         return "no room"
+    if _named(cause, "WorkerGroupStartupFailedError"):  # Ray catches only dead actors there
+        return "crash"
     return "crash" if AFTERMATH.search(str(cause)) else "exception"
+
+
+def _in_start(error: BaseException) -> bool:
+    """Whether Ray Train's controller tells of it, as it does of what its workers meet before they
+    have ranks; that it died itself arrives as it is."""
+    return type(error).__name__ == "ControllerError"
+
+
+def _named(error: BaseException, name: str) -> bool:
+    return any(type(e).__name__ == name for e in _chain(error))
 
 
 def _died(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ from ray import cloudpickle
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.train import PreemptionError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
 )
@@ -140,6 +141,25 @@ def test_workers_that_could_not_start_in_time():
     raised, failure = judged(error)
     assert failure.kind == "no room"
     assert "did not start the workers in time" in str(raised)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RayActorError(error_msg=KILLED),
+        WorkerGroupStartupFailedError("At least one of the worker actors failed to initialize."),
+    ],
+)
+def test_a_worker_killed_in_its_start_is_a_crash(error):
+    raised, failure = judged(ControllerError(error))
+    assert failure.kind == "crash"
+    assert str(raised).startswith("a worker that started died")
+
+
+def test_a_controller_that_died_is_named():
+    raised, failure = judged(RayActorError(error_msg=KILLED))
+    assert (failure.kind, failure.rank) == ("crash", None)
+    assert str(raised).startswith("Ray Train died")
 
 
 def test_a_node_without_trimpot_is_named():
