@@ -1,4 +1,5 @@
-"""An error of code is tried once more, and then taken for what it is."""
+"""An error of code is tried once more, and then taken for what it is; a failed start gives back
+what it held."""
 
 from __future__ import annotations
 
@@ -34,6 +35,37 @@ def plant():
 
 threading.Thread(target=plant, daemon=True).start()
 """
+
+HOLD = """
+import sys
+from pathlib import Path
+from runs import config, prepared
+from trimpot.cluster.launch import ray_cluster
+from trimpot.cluster.rooms import Rooms
+
+model, data, run = map(Path, sys.argv[1:])
+with ray_cluster(None, 2) as ray:
+    from ray.util import placement_group
+
+    rooms = Rooms(ray, prepared(config(model, data, run)))
+    held = placement_group([{"CPU": 2}])
+    assert held.wait(20)
+    another = placement_group([{"CPU": 2}])
+    assert not another.wait(1)
+    rooms.release()
+    assert placement_group([{"CPU": 2}]).wait(20)
+"""
+
+
+def test_what_a_failed_start_held_is_free_again(model: Path, tmp_path: Path) -> None:
+    arguments = [str(model), str(chat_data(tmp_path, 20)), str(tmp_path / "run")]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", HOLD, *arguments],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
