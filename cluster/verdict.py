@@ -13,6 +13,8 @@ from trimpot.runner.errors import ClusterError, TrimpotError, WorkerError
 AFTERMATH = re.compile(r"connection (closed|reset)|broken pipe|gloo|nccl|store", re.IGNORECASE)
 """What the others say of a collective once one worker is gone."""
 MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory", re.IGNORECASE)
+DIED_IN_START = "WorkerGroupStartupFailedError"
+"""Raised of dead actors only, which it may have lost on its way here."""
 WRAPS = ("cause", "health_check_failure", "controller_failure")
 KINDS: dict[str, Kind] = {
     "WorkerStorageError": "storage",
@@ -31,7 +33,7 @@ def explain(error: BaseException) -> TrimpotError:
     if "No module named 'trimpot'" in str(cause):
         return ClusterError(f"{_why(cause)} on the cluster's nodes; install trimpot there, as here")
     who = "Ray Train" if rank is None else f"worker {rank}"
-    if rank is None and _in_start(error):
+    if rank is None and _in_start(error, cause):
         who = "a worker that started"
     match _kind(error, cause):
         case "crash":
@@ -111,15 +113,16 @@ def _kind(error: BaseException, cause: BaseException) -> Kind:
         return "node lost" if gone else "crash"
     if _named(cause, "WorkerGroupStartupTimeoutError"):
         return "no room"
-    if _named(cause, "WorkerGroupStartupFailedError"):  # Ray catches only dead actors there
+    if _named(cause, DIED_IN_START):
         return "crash"
     return "crash" if AFTERMATH.search(str(cause)) else "exception"
 
 
-def _in_start(error: BaseException) -> bool:
-    """Whether Ray Train's controller tells of it, as it does of what its workers meet before they
-    have ranks; that it died itself arrives as it is."""
-    return type(error).__name__ == "ControllerError"
+def _in_start(error: BaseException, cause: BaseException) -> bool:
+    """Whether a worker died before it had a rank. Ray Train's controller tells of that in an error
+    of its own; that the controller itself died arrives as it is."""
+    told = type(error).__name__ == "ControllerError"
+    return told and (_died(cause) or _named(cause, DIED_IN_START))
 
 
 def _named(error: BaseException, name: str) -> bool:

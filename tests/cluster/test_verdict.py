@@ -156,6 +156,12 @@ def test_a_worker_killed_in_its_start_is_a_crash(error):
     assert str(raised).startswith("a worker that started died")
 
 
+def test_an_error_of_the_controller_is_its_own():
+    raised, failure = judged(ControllerError(ValueError("no such strategy")))
+    assert failure.kind == "exception"
+    assert str(raised) == "Ray Train failed: ValueError: no such strategy"
+
+
 def test_a_controller_that_died_is_named():
     raised, failure = judged(RayActorError(error_msg=KILLED))
     assert (failure.kind, failure.rank) == ("crash", None)
