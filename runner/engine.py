@@ -439,7 +439,7 @@ def sum_over_workers(values: list[float]) -> list[float]:
 
 
 def leave_workers() -> None:
-    sequence_workers.cache_clear()  # no group outlives this: its threads would meet a dead Python
+    sequence_workers.cache_clear()  # its groups end here; a later join makes new ones
     if dist.is_initialized():
         dist.destroy_process_group()
 
