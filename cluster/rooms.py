@@ -103,7 +103,6 @@ class Rooms:
         long as the driver's job, then keeps its nodes from every start that follows."""
         from ray.util.placement_group import (
             PlacementGroup,
-            PlacementGroupID,
             placement_group_table,
             remove_placement_group,
         )
@@ -111,7 +110,9 @@ class Rooms:
         ours = self.ray.get_runtime_context().get_job_id()
         for name, group in placement_group_table().items():
             if name.endswith(ours) and group["state"] != "REMOVED":  # its id ends with its job's
-                remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+                remove_placement_group(
+                    PlacementGroup(self.ray.PlacementGroupID(bytes.fromhex(name)))
+                )
 
     def address(self, node: str | None) -> str:
         """Of a node by its id, also of one that is lost; "" where it is not known."""

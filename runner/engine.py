@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -438,10 +439,16 @@ def sum_over_workers(values: list[float]) -> list[float]:
         return tensor.tolist()
 
 
+LEAVE_S = 0.1
+"""gloo's threads outlive their group, which DeepSpeed holds on to, and drop the tensors of the last
+collective under Python's lock: one that asks for it as Python ends aborts the process."""
+
+
 def leave_workers() -> None:
     sequence_workers.cache_clear()  # its groups end here; a later join makes new ones
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(LEAVE_S)
 
 
 def memory_bytes() -> int:
