@@ -40,11 +40,17 @@ def tiny(dtype: torch.dtype, exact: torch.Tensor) -> float:
 
 
 def assert_twice(got: Tensors, plain: Tensors, exact: Tensors, units: float = 0.5) -> None:
-    """Each error against float64 is at most twice that of plain torch in the same type, and
-    `units` in the last place of the largest item."""
+    """Each error against float64 is, in norm, at most twice that of plain torch in the same type,
+    and `units` in the last place; no item's is above four times torch's largest.
+
+    Twice in norm, because the largest of a few hundred roundings is luck: from one processor to
+    another torch's moves by a factor of three (6.7e-7 to 2.1e-6 with equal norms was seen).
+    """
     for i, (g, p, e) in enumerate(zip(got, plain, exact, strict=True)):
-        allowed = 2 * max_error(p, e) + 2 * units * tiny(g.dtype, e)
         assert g.dtype == p.dtype
+        found, allowed = distance(g, e), 2 * distance(p, e) + units * torch.finfo(g.dtype).eps
+        assert found <= allowed, f"result {i}: {found} > {allowed}"
+        allowed = 4 * max_error(p, e) + 2 * units * tiny(g.dtype, e)
         assert max_error(g, e) <= allowed, f"result {i}: {max_error(g, e)} > {allowed}"
 
 

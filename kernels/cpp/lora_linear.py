@@ -151,7 +151,9 @@ class _Call:
         for adapter, first, count in self.segments:
             for j, a in enumerate(self.a):
                 x = self.dropped(j, adapter, first, count)
-                torch.mm(x, a[adapter].T, out=ss[j][first : first + count])
+                # Not torch.mm: MKL's bits follow the number of threads and where x lies (on AMD,
+                # with 10 rows), and this is 3 % of a layer at most.
+                gemm.forward_fp32(x, a[adapter], ss[j][first : first + count], None, None)
         return ss
 
     def base(self, j: int, y: torch.Tensor, bias: torch.Tensor | None, s: torch.Tensor) -> None:
@@ -165,7 +167,8 @@ class _Call:
             return
         for adapter, first, count in self.segments:
             rows = slice(first, first + count)
-            y[rows].addmm_(s[rows], self.b[j][adapter].T, alpha=self.scale(j, adapter))
+            b_RN = self.b[j][adapter].T * self.scale(j, adapter)
+            gemm.gradient_fp32(s[rows], b_RN.contiguous(), y[rows], True, None)
 
     def gradients(
         self, dys: Tensors, ss: Tensors, dx: torch.Tensor | None
@@ -196,7 +199,8 @@ class _Call:
             return
         for adapter, first, count in self.segments:
             rows = slice(first, first + count)
-            ds[rows] = (dy[rows] @ self.b[j][adapter]).mul_(self.scale(j, adapter))
+            gemm.gradient_fp32(dy[rows], self.b[j][adapter], ds[rows], False, None)
+            ds[rows] *= self.scale(j, adapter)
 
     def _outer_b(self, j: int, dy: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         """dB_j = scale dY_jᵀ S_j."""
@@ -232,8 +236,12 @@ class _Call:
             return
         for adapter, first, count in self.segments:
             rows, p = slice(first, first + count), self.dropouts[adapter]
-            part = ds[rows] @ self.a[j][adapter]
-            dx[rows] += gemm.dropped(part, first, self.seeds[j][adapter], p) if p else part
+            if not p:
+                gemm.gradient_fp32(ds[rows], self.a[j][adapter], dx[rows], True, None)
+                continue
+            part = tensors.empty((count, dx.shape[1]))
+            gemm.gradient_fp32(ds[rows], self.a[j][adapter], part, False, None)
+            dx[rows] += gemm.dropped(part, first, self.seeds[j][adapter], p)
 
 
 variant = LoraLinear
