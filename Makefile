@@ -27,8 +27,10 @@ $(STAMP): pyproject.toml .ci/constraints.txt csrc/CMakeLists.txt $(wildcard csrc
 quickstart: install
 	@$(BIN)/trimpot quickstart --out $(OUT) --json
 
+# Kernels' tests are one process each and may share the machine; the others' workers may not.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels
+	$(BIN)/python -m pytest --ignore tests/kernels
 
 # The tests that `make test` leaves out; the last line is one JSON object. CHAOS_SEED=n draws other faults.
 chaos: install

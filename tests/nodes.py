@@ -78,11 +78,16 @@ def loopback(count: int) -> Iterator[list[Host]]:
     yield [Host(f"127.0.0.{number + 1}") for number in range(count)]
 
 
-def wait(condition: Callable[[], bool], log: Path | None = None, timeout: float = 60) -> None:
+def wait(
+    condition: Callable[[], bool],
+    log: Path | None = None,
+    timeout: float = 60,
+    every_s: float = 0.1,
+) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, log.read_text() if log else "it did not happen in time"
-        time.sleep(0.1)
+        time.sleep(every_s)
 
 
 @dataclass
@@ -133,6 +138,10 @@ class Cluster:
     @property
     def address(self) -> str:
         return f"{self.head.address}:{PORT}"
+
+    def alive(self) -> list[Node]:
+        """Of those beside the head."""
+        return [node for node in self.nodes[1:] if node.process.poll() is None]
 
     def start_head(self) -> None:
         self._launch(
@@ -196,14 +205,8 @@ class Cluster:
         )  # fmt: skip
 
     def stop(self) -> None:
-        for node in self.nodes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(node.process.pid, signal.SIGTERM)
-        for node in self.nodes:
-            try:
-                node.process.wait(5)  # some take 30 s to end by themselves
-            except subprocess.TimeoutExpired:
-                node.kill()
+        for node in self.nodes:  # told to end, some take 30 s
+            node.kill()
 
 
 @contextlib.contextmanager

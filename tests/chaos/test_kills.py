@@ -1,8 +1,8 @@
 """Real runs, real kills, by seeded schedules: whatever dies, the same adapter comes out.
 
 One Ray cluster of two nodes serves them all. Each schedule is one run of `trimpot train`, met by
-one to three faults. At the same number of workers the adapter must be the unbroken run's, byte for
-byte; at another, its losses must be.
+one to three faults. Adapter and losses must be those of an unbroken run under torchrun, bit for
+bit; where a node is lost for good and one worker goes on, in deterministic mode.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 import psutil
 import pytest
 from nodes import Cluster, ray_nodes, wait
-from runs import settings, write_yaml
+from runs import config, prepared, run_arrangements, settings, write_yaml
 from tiny import chat_data
 
 from trimpot.cluster import journal as journals
 
-STEPS, EVERY = 32, 4
+STEPS, EVERY = 20, 4
 QUICK, LONG = 7, 58
 """Schedules in `make test`, and further ones in `make chaos`."""
 RUN_S = 240
@@ -65,17 +65,18 @@ class Run:
     def workers(self) -> list[psutil.Process]:
         """The processes that train, or are about to."""
         found = []
-        for node in self.cluster.nodes[1:]:
-            for pid in node.pids() if node.process.poll() is None else []:
+        for node in self.cluster.alive():
+            for pid in node.pids():
                 with contextlib.suppress(psutil.Error):
                     process = psutil.Process(pid)
                     if "RayTrainWorker" in " ".join(process.cmdline()):
                         found.append(process)
         return found
 
-    def until(self, condition: Callable[[], bool]) -> None:
+    def until(self, condition: Callable[[], bool], every_s: float = 0.1) -> None:
         """Until it holds; or the run is over, and there is nothing left to break."""
-        wait(lambda: condition() or self.driver.poll() is not None, timeout=RUN_S)
+        over = self.driver.poll
+        wait(lambda: condition() or over() is not None, timeout=RUN_S, every_s=every_s)
 
 
 # --- faults: each breaks the run at a moment that `draw` chooses
@@ -89,7 +90,11 @@ def at_a_step(run: Run, draw: random.Random) -> None:
 
 def strike(run: Run, draw: random.Random, number: int, everyone: bool = False) -> None:
     victims = run.workers()
-    for victim in victims if everyone else draw.sample(victims, min(1, len(victims))):
+    kill(victims if everyone else draw.sample(victims, min(1, len(victims))), number)
+
+
+def kill(victims: list[psutil.Process], number: int) -> None:
+    for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.send_signal(number)
 
@@ -116,8 +121,9 @@ def worker_told(run: Run, draw: random.Random) -> None:
 
 def killed_during_a_save(run: Run, draw: random.Random) -> None:
     at_a_step(run, draw)
-    run.until(lambda: any((run.folder / "checkpoints").glob(".step-*.partial")))
-    strike(run, draw, signal.SIGKILL, everyone=True)
+    victims = run.workers()  # to find them takes as long as a save
+    run.until(lambda: any((run.folder / "checkpoints").glob(".step-*.partial")), every_s=0.005)
+    kill(victims, signal.SIGKILL)
 
 
 def killed_during_start(run: Run, draw: random.Random) -> None:
@@ -154,10 +160,16 @@ def worker_stopped(run: Run, draw: random.Random) -> None:
 def raylet_killed(run: Run, draw: random.Random) -> None:
     """SIGKILL to a node's raylet, which takes the node along; another node comes for it."""
     at_a_step(run, draw)
-    node = draw.choice([n for n in run.cluster.nodes[1:] if n.process.poll() is None])
+    node = draw.choice(run.cluster.alive())
     node.kill_raylet()
     time.sleep(3 * draw.random())
     run.cluster.add()
+
+
+def node_lost(run: Run, draw: random.Random) -> None:
+    """SIGKILL to all of a node, and none comes for it."""
+    at_a_step(run, draw)
+    draw.choice(run.cluster.alive()).kill()
 
 
 FAULTS = (
@@ -176,23 +188,27 @@ FAULTS = (
 # --- runs
 
 
-def configured(model: Path, folder: Path, name: str, **sections: Any) -> Path:
-    values = settings(
-        model,
-        chat_data(folder, 120),
-        folder / name,
-        adapter={"lora_dropout": 0.1},
-        optim={
+def values(exact: bool) -> dict[str, Any]:
+    """`exact`: deterministic, with one worker or two."""
+    workers = {"min": 1, "max": 2} if exact else 2
+    return {
+        "adapter": {"lora_dropout": 0.1},
+        "optim": {
             "batch_size": 12,
             "micro_batch_size": 3,
             "max_steps": STEPS,
             "learning_rate": 3e-3,
         },
-        fleet={"workers": 2, "zero_stage": 2},
-        checkpoint={"every_steps": EVERY},
-        **sections,
-    )
-    return write_yaml(folder / f"{name}.yaml", values)
+        "fleet": {"workers": workers, "zero_stage": 0 if exact else 2},
+        "checkpoint": {"every_steps": EVERY},
+        "deterministic": exact,
+    }
+
+
+def start(cluster: Cluster, model: Path, folder: Path, exact: bool = False) -> Run:
+    given = settings(model, chat_data(folder, 120), folder / "run", **values(exact))
+    yaml = write_yaml(folder / "run.yaml", given)
+    return Run(cluster, yaml, cluster.train(yaml))
 
 
 @pytest.fixture(scope="module")
@@ -203,21 +219,33 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         yield cluster
 
 
+@dataclass
+class Outcome:
+    adapter: bytes
+    losses: list[float]
+
+
 @pytest.fixture(scope="module")
-def unbroken(cluster, model, tmp_path_factory) -> Path:
-    """The folder of a run that nothing happened to."""
-    yaml = configured(model, tmp_path_factory.mktemp("unbroken"), "run")
-    out, err = cluster.train(yaml).communicate(timeout=RUN_S)
-    assert adapter(yaml.with_suffix("")), out + err
-    return yaml.with_suffix("")
+def unbroken(model, tmp_path_factory) -> dict[bool, Outcome]:
+    """What comes out where nothing happens: of a plain run, and of an exact one (True)."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    data = chat_data(folder, 120)
+    plans = [
+        prepared(config(model, data, folder / f"run-{exact}", **values(exact)))
+        for exact in (False, True)
+    ]
+    found = zip(plans, run_arrangements(2, plans, folder), strict=True)
+    outcomes = [Outcome(adapter(Path(plan.run_dir)), losses) for plan, losses in found]
+    return dict(zip((False, True), outcomes, strict=True))
 
 
 def adapter(folder: Path) -> bytes:
     return (folder / "adapter/adapter_model.safetensors").read_bytes()
 
 
-def losses(folder: Path) -> dict[int, float]:
-    return {s["step"]: s["loss"] for s in journals.history(journals.read(folder)).steps}
+def outcome(folder: Path) -> Outcome:
+    steps = journals.history(journals.read(folder)).steps
+    return Outcome(adapter(folder), [step["loss"] for step in steps])
 
 
 def recoveries(events: list[dict[str, Any]]) -> list[float]:
@@ -231,12 +259,9 @@ def recoveries(events: list[dict[str, Any]]) -> list[float]:
     return found
 
 
-def survive(
-    cluster: Cluster, model: Path, folder: Path, seed: int, faults: list, count: Callable
-) -> Path:
+def survive(run: Run, seed: int, faults: list, count: Callable) -> list[dict[str, Any]]:
+    """Break it → all that its journal says."""
     draw = random.Random(seed)
-    yaml = configured(model, folder, f"run-{seed}")
-    run = Run(cluster, yaml, cluster.train(yaml))
     for fault in faults:
         fault(run, draw)
     out, err = run.driver.communicate(timeout=RUN_S)
@@ -246,7 +271,7 @@ def survive(
     count(schedules=1, survived=1, steps_lost=sum(s.steps_redone for s in history.sessions))
     for seconds in recoveries(events):
         count(recovery_seconds=seconds)
-    return run.folder
+    return events
 
 
 def schedule(seed: int) -> list:
@@ -261,18 +286,28 @@ def schedule(seed: int) -> list:
 def test_a_broken_run_ends_as_the_unbroken_one(
     seed, cluster, unbroken, model, tmp_path, count
 ) -> None:
-    faults = [FAULTS[seed]]
-    folder = survive(cluster, model, tmp_path, seed, faults, count)
-    kinds = [event["kind"] for event in journals.read(folder)]
+    run = start(cluster, model, tmp_path)
+    kinds = [event["kind"] for event in survive(run, seed, [FAULTS[seed]], count)]
     assert "failure" in kinds or kinds.count("start") > 1  # it was broken
-    assert adapter(folder) == adapter(unbroken)
-    assert losses(folder) == losses(unbroken)
+    assert outcome(run.folder) == unbroken[False]
+
+
+@pytest.mark.slow
+def test_one_worker_goes_on_where_a_node_is_lost(cluster, unbroken, model, tmp_path, count) -> None:
+    run = start(cluster, model, tmp_path, exact=True)
+    try:
+        events = survive(run, QUICK, [node_lost], count)
+    finally:
+        while len(cluster.alive()) < 2:
+            cluster.add()
+    assert [e["world_size"] for e in events if e["kind"] == "start"] == [2, 1]
+    assert outcome(run.folder) == unbroken[True]
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("number", range(LONG))
 def test_many_schedules(number, cluster, unbroken, model, tmp_path, count) -> None:
     seed = number + 1000 * (1 + int(os.environ.get("CHAOS_SEED", "0")))
-    folder = survive(cluster, model, tmp_path, seed, schedule(seed), count)
-    assert adapter(folder) == adapter(unbroken)
-    assert losses(folder) == losses(unbroken)
+    run = start(cluster, model, tmp_path)
+    survive(run, seed, schedule(seed), count)
+    assert outcome(run.folder) == unbroken[False]

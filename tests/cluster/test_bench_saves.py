@@ -24,7 +24,7 @@ def test_a_runs_saves_are_read(tmp_path: Path) -> None:
     assert course.save_s == pytest.approx(0.3)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_round(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     arguments = ["--model", str(model), "--data", str(chat_data(tmp_path, 40)), "--workers", "1"]
     arguments += ["--steps", "5", "--repeats", "1", "--json"]
