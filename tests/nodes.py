@@ -220,6 +220,9 @@ def ray_nodes(hosts: int, logs: Path) -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # A node that is gone is missed after 2 s, not after 15.
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_failure_threshold": "2",
     }
     environment.pop("RAY_ADDRESS", None)
     places = namespaces if may_make_namespaces() else loopback
