@@ -94,7 +94,11 @@ class LoraLinear:
 
 class _Call:
     """One call's operands. `group`: the weights, packed for this kind of arithmetic; None in
-    fp32."""
+    fp32.
+
+    Low-rank products are ours too: MKL's bits follow the number of threads and where x lies (seen
+    on AMD at 10 rows). It is faster: 0.50 ms to our 0.83 for 2,048 x 576 by rank 16.
+    """
 
     def __init__(
         self,
@@ -151,8 +155,6 @@ class _Call:
         for adapter, first, count in self.segments:
             for j, a in enumerate(self.a):
                 x = self.dropped(j, adapter, first, count)
-                # Not torch.mm: MKL's bits follow the number of threads and where x lies (on AMD,
-                # with 10 rows), and this is 3 % of a layer at most.
                 gemm.forward_fp32(x, a[adapter], ss[j][first : first + count], None, None)
         return ss
 
