@@ -147,11 +147,13 @@ def driver_killed(run: Run, draw: random.Random) -> None:
 def worker_stopped(run: Run, draw: random.Random) -> None:
     """SIGSTOP: it is found to hang, and ended; or, at the run's end, where a worker may take its
     time, it goes on after a while."""
-    run.until(lambda: run.steps_of_this_start() > 5)
-    time.sleep(draw.random())
+    run.until(lambda: run.steps_of_this_start() > 0)
+    victims = run.workers()  # to find them takes as long as some steps
+    run.until(lambda: run.steps_of_this_start() > 5, every_s=0.02)
+    time.sleep(draw.random() / 5)
     starts = run.starts()
     with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # none is left to be stopped
-        victim = draw.choice(run.workers())
+        victim = draw.choice(victims)
         victim.suspend()
         deadline = time.monotonic() + STOPPED_S
         run.until(lambda: run.starts() > starts or time.monotonic() > deadline)
