@@ -130,7 +130,7 @@ class Elastic:
         overseer = Overseer(self.rooms, self.course, self.limits, workers, self.plan, self.tell)
         try:
             with overseer:
-                outcome = run_plan(plan, self.watch, self.tell, self.local)
+                outcome = run_plan(plan, self.watch, self.tell)
         except TrimpotError as error:
             self._judge(error, overseer)
             return None

@@ -203,11 +203,9 @@ def run_plan(
     plan: Plan,
     watch: Callable[[Callable[[], bool]], None],
     tell: Callable[[Event], None],
-    local: bool,
 ) -> Outcome:
     """Start the plan's workers under Ray Train once, and wait until they end.
 
-    `local`: Ray was started by this process, and is as large as it will ever be.
     `watch(ended)` runs in the calling thread meanwhile and returns once `ended()` is true.
     `tell` writes an event into the journal, from a thread of its own.
     Raises the worker's own TrimpotError, HangError if they stood still, or a WorkerError whose
@@ -216,14 +214,11 @@ def run_plan(
     # A worker that died is noticed by the controller's next look; its default is 2 s.
     if plan.world_size <= MANY_WORKERS:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    if local:  # it ends with this process: nothing outlives it, and nobody will preempt it
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # elastic.Overseer is ours
     result: list[Any] = []
     run = Path(plan.run_dir)
     with _pulses(run) as folder, Watch(folder, run, plan.world_size, tell, on_nodes) as watcher:
-        thread = threading.Thread(
-            target=lambda: result.append(_fit(plan, folder, local)), daemon=True
-        )
+        thread = threading.Thread(target=lambda: result.append(_fit(plan, folder)), daemon=True)
         thread.start()
         watch(lambda: not thread.is_alive())
         thread.join()
@@ -250,7 +245,7 @@ def _pulses(run: Path) -> Iterator[Path]:
         shutil.rmtree(every, ignore_errors=True)
 
 
-def _fit(plan: Plan, pulses: Path, local: bool) -> Any:
+def _fit(plan: Plan, pulses: Path) -> Any:
     """Ray Train's Result, or the exception it raised."""
     import ray.train
 
@@ -285,7 +280,6 @@ def _fit(plan: Plan, pulses: Path, local: bool) -> Any:
                 max_failures=0, max_preemption_failures=0, controller_failure_limit=0
             ),
         ),
-        local=local,
     )
     try:
         return trainer.fit()

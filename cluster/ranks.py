@@ -19,6 +19,12 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from trimpot.kernels.heap import keep_freed_memory
 from trimpot.runner.types import NODE
 
+UNNEEDED = {
+    "DatasetsCallback",  # we feed no ray.data
+    # Frees the placement group of a controller that died. One whose driver died goes with its job,
+    # else `Rooms.release` frees it.
+    "PlacementGroupCleanerCallback",
+}
 NOTICE = threading.Event()
 """Set in a worker that was sent SIGTERM: its node will go."""
 
@@ -31,15 +37,9 @@ class Trainer(DataParallelTrainer):
     its callbacks otherwise, nothing is left out and the start is slower.
     """
 
-    def __init__(self, *arguments: Any, local: bool, **options: Any):
-        self.unneeded = {"DatasetsCallback"}  # we feed no ray.data
-        if local:  # frees the placement group of a driver that died; here Ray dies with it
-            self.unneeded.add("PlacementGroupCleanerCallback")
-        super().__init__(*arguments, **options)
-
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        return [c for c in callbacks if type(c).__name__ not in self.unneeded]
+        return [c for c in callbacks if type(c).__name__ not in UNNEEDED]
 
 
 @dataclass
