@@ -86,6 +86,10 @@ class AdapterSection(Section):
     """Dropout on the input of A while training."""
     target_modules: Literal["all-linear"] | list[Name] = "all-linear"
     """Names of the linear layers to adapt (last part of the name); all-linear spares the head."""
+    lora_init: Literal["random", "quantization_error"] = "random"
+    """random: B is zero, as PEFT has it. quantization_error, under nf4: the update starts as what
+    4 bits took from the outputs, as far as it goes (Zhang et al. 2024, "QERA"); such an adapter
+    is for the base in NF4, or for a merged export."""
 
 
 class FreezeSection(Section):
@@ -447,6 +451,23 @@ class Config(Section):
             raise ValueError(
                 "model.quantization is nf4, whose weights ZeRO-3 can't partition: every worker "
                 "holds them whole; set fleet.zero_stage 0, 1, 2 or auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _error_is_there_to_start_from(self) -> Config:
+        if self.adapter.lora_init == "random":
+            return self
+        if self.model.quantization == "none":
+            raise ValueError(
+                "adapter.lora_init is quantization_error, but model.quantization is none; set "
+                "quantization: nf4, or lora_init: random"
+            )
+        if self.fleet.sequence_parallel_size > 1:
+            raise ValueError(
+                "adapter.lora_init is quantization_error, for which each worker measures whole "
+                f"rows, but fleet.sequence_parallel_size is {self.fleet.sequence_parallel_size}; "
+                "set lora_init: random, or sequence_parallel_size: 1"
             )
         return self
 

@@ -142,6 +142,10 @@ def _export_adapter(trained: Trained, target: Path) -> dict[str, Any]:
             raise ExportError(f"the written adapter reads differently: {odd or 'lora_alpha'}")
         compared = f"checkpoint {trained.checkpoint.path.name}" if trained.checkpoint else "the run"
         reasons = [f"{len(tensors)} tensors, none empty, equal to those of {compared}"]
+        if trained.plan.config.adapter.lora_init == "quantization_error":
+            reasons.append(
+                "it makes up for what NF4 took from the base: load it on the base in NF4, or merge"
+            )
         scores = {"tensors": float(len(tensors)), "bytes": float(size)}
         verdict = Verdict(_digest(trained), True, scores, [*reasons, *_unfinished(trained)])
         return seal(partial, target, trained, "adapter", "fp32", verdict)

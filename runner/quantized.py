@@ -79,6 +79,22 @@ def dequantise_layers(model: nn.Module, dtype: torch.dtype) -> None:
         _replace(model, name, plain)
 
 
+@contextmanager
+def unquantised(folder: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+    """Reads a linear layer's weight [N, K] by the layer's name, from files that hold it whole."""
+    with _opened(folder) as tensors:
+
+        def read(name: str) -> torch.Tensor:
+            if f"{name}.weight" not in tensors:
+                raise ModelError(
+                    f"{folder} has no {name}.weight for adapter.lora_init=quantization_error to "
+                    "compare 4 bits with; set lora_init=random"
+                )
+            return tensors[f"{name}.weight"]()
+
+        yield read
+
+
 def head_of(model: nn.Module) -> set[str]:
     """The name of the output layer, if there is one."""
     head = getattr(model, "get_output_embeddings", lambda: None)()

@@ -32,6 +32,7 @@ from trimpot.runner.checkpoint import (
 from trimpot.runner.data.compile import Compiled, load_splits
 from trimpot.runner.data.fill import fill_of
 from trimpot.runner.engine import start_engine
+from trimpot.runner.error_start import start_from_error
 from trimpot.runner.errors import (
     CheckpointError,
     DataError,
@@ -89,6 +90,9 @@ def train(plan: Plan, report: Report, asked: Callable[[], bool] = lambda: False)
     reader = _matching(plan, data, model, *found) if found is not None else None
     if reader is not None:
         engines.load_weights(model, reader.whole, plan.zero_stage)
+    elif plan.config.adapter.lora_init == "quantization_error":
+        start_from_error(plan, model, data)
+        clock.tell("lora_init")
     PULSE.enter("engine")
     engine = start_engine(plan, model)
     if found is not None and reader is not None:

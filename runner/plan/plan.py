@@ -37,6 +37,12 @@ def make_plan(config: Config, fleet: Fleet, facts: ModelFacts, run_dir: str) -> 
             f"{config.model.path} is in 4 bits already ({facts.quantization}); set "
             f"model.quantization={facts.quantization} to train adapters on it"
         )
+    if facts.quantization and config.adapter.lora_init == "quantization_error":
+        raise PlanError(
+            f"{config.model.path} is in 4 bits already, so there is nothing to compare them with "
+            "for adapter.lora_init=quantization_error; give the model as it was before, or set "
+            "lora_init=random"
+        )
     lanes = world // config.fleet.sequence_parallel_size
     kernels = choose_kernels(config, fleet, facts)
     _check_split(config, facts, kernels)
