@@ -24,6 +24,8 @@ def plan_values(plan: Plan, fleet: Fleet, fill: Fill | None = None) -> dict[str,
         "batch_size": plan.config.optim.batch_size,
         "zero_stage": plan.zero_stage,
         "offload_optimizer": plan.config.fleet.offload_optimizer,
+        "activation_checkpointing": plan.config.model.activation_checkpointing,
+        "selective_layers": plan.config.model.selective_layers,
         "precision": plan.config.precision,
         "method": plan.config.method,
         "memory": {
@@ -64,6 +66,9 @@ def plan_table(plan: Plan, fleet: Fleet, fill: Fill | None = None) -> Table:
     if fill:
         table.add_row("computed", f"{percentage(fill.computed_share)} real tokens")
     table.add_row("training", f"{values['method']}, {values['precision']}")
+    if made_again := values["activation_checkpointing"]:
+        some = f"gate and up of {values['selective_layers'] or 'all'} layers"
+        table.add_row("recomputed", "whole layers" if made_again is True else some)
     for part in ("weights", "gradients", "optimizer", "activations", "logits"):
         table.add_row(part, f"{memory[part] / 2**20:10,.1f} MiB")
     have = f" of {memory['available'] / 2**20:,.1f}" if memory["available"] else ""

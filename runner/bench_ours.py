@@ -26,7 +26,7 @@ class Built:
 
 def build_ours(folder: Path, variant: str, rank: int, alpha: float) -> Built:
     """`variant`: what the GEMMs of frozen weights compute in, as `cpu_gemm` has it; behind a plus
-    `selective`, the activation checkpointing."""
+    `selective`, or `selective:8` for as many layers, the activation checkpointing."""
     plan = plan_of(folder, variant, rank, alpha)
     model = build_model(plan, None)
     adapters: dict[str, nn.Parameter] = {}
@@ -38,9 +38,14 @@ def build_ours(folder: Path, variant: str, rank: int, alpha: float) -> Built:
 
 def plan_of(folder: Path, variant: str, rank: int, alpha: float) -> Plan:
     gemm, _, recomputed = variant.partition("+")
+    kind, _, layers = recomputed.partition(":")
     config = check_config(
         {
-            "model": {"path": str(folder), "activation_checkpointing": recomputed or False},
+            "model": {
+                "path": str(folder),
+                "activation_checkpointing": kind or False,
+                "selective_layers": int(layers) if layers.isdigit() else layers or None,
+            },
             "precision": "fp32",
             "output_dir": str(folder.parent / "run"),
             "adapter": {"lora_rank": rank, "lora_alpha": alpha},

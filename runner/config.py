@@ -60,19 +60,27 @@ class ModelSection(Section):
     """Branch, tag or commit of a Hugging Face id."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """transformers' attention implementation."""
-    activation_checkpointing: bool | Literal["selective"] = False
+    activation_checkpointing: bool | Literal["selective", "auto"] = False
     """true: recompute each layer in backward, about a third more time for far less memory.
-    selective: of each layer only gate and up, a tenth more time for half the memory."""
+    selective: of each layer only gate and up, a tenth more time for half the memory. auto: the
+    least of these that the plan finds to fit, selective in as few layers as do."""
+    selective_layers: Positive | None = None
+    """Under selective: in so many layers, from the first; without it in all."""
     quantization: Literal["none", "nf4"] = "none"
     """nf4 holds the frozen linear layers in 4 bits (QLoRA: Dettmers et al. 2023); method lora."""
     double_quant: bool = True
     """Under nf4, quantise the scales of the blocks too: 0.516 bytes a weight, 0.5625 without."""
 
     @model_validator(mode="after")
-    def _double_quant_of_something(self) -> ModelSection:
+    def _details_of_something(self) -> ModelSection:
         if "double_quant" in self.model_fields_set and self.quantization != "nf4":
             raise ValueError(
                 "double_quant is set, but quantization is none; set quantization: nf4 or remove it"
+            )
+        if self.selective_layers is not None and self.activation_checkpointing != "selective":
+            raise ValueError(
+                "selective_layers is set, but activation_checkpointing is not selective; set "
+                "activation_checkpointing: selective or remove it"
             )
         return self
 

@@ -38,7 +38,7 @@ def build_model(plan: Plan, deepspeed: dict[str, Any] | None) -> nn.Module:
             "set fleet.sequence_parallel_size=1"
         )
     if config.model.activation_checkpointing == "selective":
-        remake_products(model)
+        remake_products(model, config.model.selective_layers)
     elif config.model.activation_checkpointing:
         for layer in hub.recompute_layers(model):
             for quantised in nf4_layers(layer).values():

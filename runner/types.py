@@ -126,8 +126,15 @@ def decides_numbers(config: dict[str, Any], kernels: dict[str, dict[str, str]]) 
             "cpus_per_worker": fleet["cpus_per_worker"],
             "kernels": chosen,
         }
-    # Where a file lies is no number; what is in it has the data digest of the manifest.
-    for section, key in (("data", "train"), ("data", "eval"), ("model", "path")):
+    # Where a file lies is no number; what is in it has the data digest of the manifest. What is
+    # made again in backward is bit for bit what was there.
+    for section, key in (
+        ("data", "train"),
+        ("data", "eval"),
+        ("model", "path"),
+        ("model", "activation_checkpointing"),
+        ("model", "selective_layers"),
+    ):
         numbers[section].pop(key)
     return numbers
 

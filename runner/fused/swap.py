@@ -63,8 +63,9 @@ def swap_in(
     return {op: swap.row(op, choice) for op, choice in kernels.items()}
 
 
-def remake_products(model: nn.Module) -> None:
-    """Selective activation checkpointing, in place. Raises ConfigError where no layer is ours."""
+def remake_products(model: nn.Module, count: int | None = None) -> None:
+    """Selective activation checkpointing, in place; of the first `count` layers: at their turn in
+    backward what the others kept is gone. Raises ConfigError where no layer is ours."""
     layers = [module for module in model.modules() if isinstance(module, Parts)]
     if not layers:
         raise ConfigError(
@@ -72,7 +73,7 @@ def remake_products(model: nn.Module) -> None:
             f"{type(model).__name__} runs on the kernels add_rms_norm and "
             f"{' or '.join(GATES)}; take true"
         )
-    for layer in layers:
+    for layer in layers[:count]:
         layer.remakes_products = True
 
 

@@ -177,5 +177,12 @@ def _activations(
     kept = 2 * facts.hidden + 2 * (attention + kv)
     kept += 2 * facts.hidden if facts.family in SANDWICHED else 0
     kept += attention + kv if facts.family in NORMED_HEADS else 0
-    kept += 0 if config.model.activation_checkpointing else 2 * facts.intermediate
-    return facts.layers * tokens * kept * item + layer
+    products = (facts.layers - _selective_layers(config, facts)) * 2 * facts.intermediate
+    return tokens * (facts.layers * kept + products) * item + layer
+
+
+def _selective_layers(config: Config, facts: ModelFacts) -> int:
+    """In how many layers gate and up are made again."""
+    if config.model.activation_checkpointing != "selective":
+        return 0
+    return min(config.model.selective_layers or facts.layers, facts.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import asdict, fields
@@ -12,7 +13,7 @@ from trimpot.runner.config import Config, check_config
 from trimpot.runner.errors import PlanError
 from trimpot.runner.plan.facts import ModelFacts
 from trimpot.runner.plan.kernels import ATTENTION, choose_kernels
-from trimpot.runner.plan.memory import Arrangement, Kernels, predict_memory
+from trimpot.runner.plan.memory import Arrangement, Kernels, Ours, predict_memory
 from trimpot.runner.reading import parse_json
 from trimpot.runner.types import Fleet, Memory, Plan
 
@@ -21,7 +22,8 @@ FITS = 0.92
 
 
 def make_plan(config: Config, fleet: Fleet, facts: ModelFacts, run_dir: str) -> Plan:
-    """Arrange the run: the lowest ZeRO stage, then the largest micro-batch, that fits.
+    """Arrange the run: the least recomputation of what may be chosen, then the lowest ZeRO stage,
+    then the largest micro-batch, that fits.
 
     Raises PlanError where the batch does not divide or nothing fits.
     """
@@ -46,7 +48,7 @@ def make_plan(config: Config, fleet: Fleet, facts: ModelFacts, run_dir: str) -> 
     lanes = world // config.fleet.sequence_parallel_size
     kernels = choose_kernels(config, fleet, facts)
     _check_split(config, facts, kernels)
-    stage, micro = _arrange(config, fleet, facts, world, kernels)
+    config, stage, micro = _arrange(config, fleet, facts, world, kernels)
     fewest = config.fleet.worker_range[0] if config.fleet.worker_range else world
     memory = predict_memory(config, facts, Arrangement(fewest, micro, stage), kernels)
     return Plan(
@@ -189,42 +191,67 @@ def _check_split(config: Config, facts: ModelFacts, kernels: dict[str, dict[str,
 
 def _arrange(
     config: Config, fleet: Fleet, facts: ModelFacts, world: int, kernels: Kernels
-) -> tuple[int, int]:
-    """(zero_stage, micro_batch_size), that fit however many of its workers a run has."""
-    split = config.fleet.sequence_parallel_size
-    lanes, batch = world // split, config.optim.batch_size
+) -> tuple[Config, int, int]:
+    """(config with activation checkpointing decided, zero_stage, micro_batch_size), that fit
+    however many of its workers a run has."""
+    stages, micros = _choices(config, world)
     if config.fleet.worker_range:  # the fewer they are, the more each holds
-        world = max(config.fleet.worker_range[0], split)
-        divisors = [m for m in range(batch // lanes, 0, -1) if batch % m == 0]
-    else:
-        divisors = [m for m in range(batch // lanes, 0, -1) if batch // lanes % m == 0]
-    wanted = config.fleet.zero_stage
+        world = max(config.fleet.worker_range[0], config.fleet.sequence_parallel_size)
+    kinds = _recomputations(config, facts, kernels)
+    if not fleet.memory_bytes:  # unknown memory: nothing to fit into
+        return kinds[0], stages[-1], micros[-1]
+
+    def needs(kind: Config, stage: int, micro: int) -> Memory:
+        return predict_memory(kind, facts, Arrangement(world, micro, stage), kernels)
+
+    limit = FITS * fleet.memory_bytes
+    for kind in kinds:
+        for stage, micro in itertools.product(stages, micros):
+            if needs(kind, stage, micro).total <= limit:
+                if kind is not kinds[0] and kind.model.activation_checkpointing == "selective":
+                    fewer = (_recomputing(kind, "selective", n + 1) for n in range(facts.layers))
+                    kind = next(k for k in fewer if needs(k, stage, micro).total <= limit)
+                return kind, stage, micro
+    sparing = kinds[-1]
+    if "auto" not in (config.optim.micro_batch_size, config.fleet.zero_stage):
+        return sparing, stages[0], micros[0]  # the user's word: the prediction may be wrong
+    least = min(needs(sparing, *at).total for at in itertools.product(stages, micros))
+    whole = sparing.model.activation_checkpointing is True
+    saving = "" if whole else "set model.activation_checkpointing=auto, "
+    raise PlanError(
+        f"the least this run needs is {gib(least)} GiB per worker, and a worker has "
+        f"{gib(fleet.memory_bytes)} GiB; lower data.max_length, {saving}or use more workers"
+    )
+
+
+def _choices(config: Config, world: int) -> tuple[list[int], list[int]]:
+    """(ZeRO stages, micro-batch sizes) to choose from, the fastest first."""
+    lanes, batch = world // config.fleet.sequence_parallel_size, config.optim.batch_size
+    whole = batch if config.fleet.worker_range else batch // lanes
+    micros = [m for m in range(batch // lanes, 0, -1) if whole % m == 0]
+    fewest = config.fleet.worker_range[0] if config.fleet.worker_range else world
+    wanted, given = config.fleet.zero_stage, config.optim.micro_batch_size
     if wanted == "auto":
         lowest = 1 if config.fleet.offload_optimizer else 0
         highest = 3 if config.model.quantization == "none" else 2  # which partitions no 4 bits
-        alone = world == 1 or config.deterministic
+        alone = max(fewest, config.fleet.sequence_parallel_size) == 1 or config.deterministic
         stages = [lowest] if alone else list(range(lowest, highest + 1))
     else:
         stages = [wanted]
-    given = config.optim.micro_batch_size
-    micros = divisors if given == "auto" else [given]
-    if not fleet.memory_bytes:  # unknown memory: nothing to fit into
-        return stages[-1], micros[-1]
-    smallest: Memory | None = None
-    for stage in stages:
-        for micro in micros:
-            memory = predict_memory(config, facts, Arrangement(world, micro, stage), kernels)
-            if memory.total <= FITS * fleet.memory_bytes:
-                return stage, micro
-            smallest = memory if not smallest or memory.total < smallest.total else smallest
-    if given != "auto" and wanted != "auto":
-        return wanted, given  # both are the user's word: the prediction may be wrong
-    assert smallest is not None
-    raise PlanError(
-        f"the least this run needs is {gib(smallest.total)} GiB per worker, and a worker has "
-        f"{gib(fleet.memory_bytes)} GiB; lower data.max_length, set "
-        "model.activation_checkpointing, or use more workers"
-    )
+    return stages, micros if given == "auto" else [given]
+
+
+def _recomputations(config: Config, facts: ModelFacts, kernels: Kernels) -> list[Config]:
+    """The config with each kind of activation checkpointing to choose from, the fastest first."""
+    if config.model.activation_checkpointing != "auto":
+        return [config]
+    selective = Ours(config, facts, kernels).layers()
+    return [_recomputing(config, kind) for kind in (False, *["selective"] * selective, True)]
+
+
+def _recomputing(config: Config, kind: bool | str, layers: int | None = None) -> Config:
+    changed = {"activation_checkpointing": kind, "selective_layers": layers}
+    return config.model_copy(update={"model": config.model.model_copy(update=changed)})
 
 
 def gib(size: int) -> str:

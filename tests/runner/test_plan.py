@@ -445,7 +445,8 @@ def test_a_plan_survives_its_journey(facts: ModelFacts) -> None:
 KERNELS = {k for k in all_keys() if k.startswith("kernels.") and k != "kernels.cpu_gemm"}
 """Backends differ by rounding, as world sizes do; arithmetics differ by more."""
 NO_NUMBERS = {
-    "model.path", "data.train", "data.eval", "output_dir", "optim.micro_batch_size",
+    "model.path", "model.activation_checkpointing", "data.train", "data.eval", "output_dir",
+    "optim.micro_batch_size",
     *(key for key in all_keys() if key.split(".")[0] in
       ("fleet", "checkpoint", "health", "evaluation", "samples", "tracking")),
     *KERNELS,
@@ -473,11 +474,11 @@ OTHER: dict[str, Any] = {
 
 WITH = (
     "task", "freeze.trainable", "model.double_quant", "deterministic", "checkpoint.copy_verify",
-    "checkpoint.copy_wait_s",
+    "checkpoint.copy_wait_s", "adapter.lora_init", "model.selective_layers",
 )  # fmt: skip
 ALONE = [key for key in all_keys() if key not in WITH]
 """Keys that can be set without another: a task has one value, freeze wants its method,
-double_quant a quantization, and deterministic a micro-batch size."""
+double_quant and lora_init a quantization, and deterministic a micro-batch size."""
 
 
 @pytest.mark.parametrize("key", ALONE)
@@ -549,6 +550,63 @@ def test_deterministic_measures_no_arithmetic(facts: ModelFacts) -> None:
     fp32 = deterministic(facts)
     assert fp32.kernels["lora_linear"]["backend"] == "cpp"
     assert permitted("auto", torch.float32) in (("fp32",), ("torch",))
+
+
+def test_the_digest_knows_how_lora_starts_and_not_what_is_recomputed(facts: ModelFacts) -> None:
+    def digest(*, lora_init: str = "random", **model: Any) -> str:
+        model = {"path": "/m", "quantization": "nf4", **model}
+        config = run(
+            data={"train": "t", "max_length": 32}, model=model, adapter={"lora_init": lora_init}
+        )
+        return make_plan(config, Fleet(), facts, "/r").digest
+
+    assert digest() != digest(lora_init="quantization_error")
+    assert digest() == digest(activation_checkpointing="selective", selective_layers=1)
+
+
+def test_no_more_is_recomputed_than_fits(facts: ModelFacts) -> None:
+    """auto: nothing, gate and up of the fewest layers that do, of all, whole layers."""
+    facts = dataclasses.replace(facts, layers=6, intermediate=4096)
+    micro: int | str = 1
+
+    def plan(kind: bool | str, memory: int = 0, layers: int | None = None) -> Plan:
+        config = run(
+            model={"path": "/m", "activation_checkpointing": kind, "selective_layers": layers},
+            data={"train": "t", "max_length": 32},
+            optim={"micro_batch_size": micro},
+            kernels={"default": "torch"},
+        )
+        return make_plan(config, Fleet(memory_bytes=memory), facts, "/r")
+
+    def needs(*kind: Any) -> int:
+        memory = predict_memory(
+            plan(*kind).config, facts, Arrangement(1, 1, 0), plan(False).kernels
+        )
+        return int(memory.total / 0.92) + 1
+
+    def chosen(memory: int) -> tuple[bool | str, int | None]:
+        found = plan("auto", memory)
+        section = found.config.model
+        assert found.memory is not None and found.memory.total <= 0.92 * memory
+        return section.activation_checkpointing, section.selective_layers
+
+    sizes = [needs(False), *(needs("selective", 0, n) for n in range(1, 7)), needs(True)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert chosen(sizes[0]) == (False, None)
+    for layers in range(1, 7):
+        assert chosen(sizes[layers]) == ("selective", layers)
+        assert chosen(sizes[layers - 1] - 2) == ("selective", layers)
+    assert chosen(sizes[7]) == (True, None)
+    with pytest.raises(PlanError, match=r"lower data\.max_length, or use more workers"):
+        plan("auto", sizes[7] // 2)
+    with pytest.raises(PlanError, match=r"set model\.activation_checkpointing=auto"):
+        plan("selective", sizes[7] // 2)
+    assert plan("auto").config.model.activation_checkpointing is False  # memory is not known
+    micro = "auto"
+    assert plan("auto", 8 * sizes[0]).config.model.activation_checkpointing is False
+    assert plan("auto", sizes[1]).micro_batch_size > 1  # rather than fewer layers
+    facts = dataclasses.replace(facts, family="gpt2")  # no layers of ours
+    assert chosen(needs(False) - 2)[0] is True
 
 
 def test_the_digest_knows_double_quantisation(facts: ModelFacts) -> None:
