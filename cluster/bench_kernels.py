@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trimpot.cluster import kernel_report as report
+from trimpot.cluster.bench_page import write_plots
 from trimpot.kernels.bench.stats import Change, compare
 from trimpot.runner.errors import ConfigError, StorageError
 
@@ -59,7 +60,7 @@ def write(result: Mapping[str, Any], changes: Sequence[Change], files: Files) ->
         report.write_csv(files.csv, result["rows"])
     plots = report.all_plots(result) if files.plots or files.html else {}
     if files.plots:
-        report.write_plots(files.plots, plots)
+        write_plots(files.plots, plots)
     if files.html:
         report.write_page(files.html, result, changes, plots)
 

@@ -9,6 +9,15 @@ from typing import Any
 
 from rich.table import Table
 
+from trimpot.cluster.bench_page import write_plots
+from trimpot.cluster.step_report import (
+    COLUMNS,
+    PART_COLUMNS,
+    draw,
+    part_rows,
+    row_cells,
+    write_page,
+)
 from trimpot.runner.errors import StorageError
 
 
@@ -35,36 +44,34 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
         raise StorageError(f"{path} can't be written: {error.strerror}") from None
 
 
+def write_drawings(result: Mapping[str, Any], plots: Path | None, html: Path | None) -> None:
+    drawings = draw(result) if plots or html else {}
+    if plots:
+        write_plots(plots, drawings)
+    if html:
+        write_page(html, result, drawings)
+
+
 def tables(result: Mapping[str, Any]) -> list[Table]:
     rows = [*result["rows"], *result["other_variants"]]
     return [rows_table(rows), *(shares_table(part) for part in result["shares"])]
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Ratios only: seconds on somebody's processor say little."""
     table = Table(box=None, header_style="dim", pad_edge=False)
-    numeric = ("ratio", "p20 … p80", "memory", "gradients' error", "bf16's")
-    for name in ("workload", "ours", "against", *numeric):
-        table.add_column(name, justify="right" if name in numeric else "left", overflow="fold")
+    for name in COLUMNS:
+        numeric = name in COLUMNS[3:]
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(
-            row["workload"],
-            row["variant"],
-            row["peer"],
-            f"{row['ratio']:.2f} ×",
-            f"{row['ratio_low']:.2f} … {row['ratio_high']:.2f}",
-            f"{row['memory_ratio']:.2f} ×",
-            f"{row['gradient_error']:.1e}",
-            f"{row['bf16_gradient_error']:.1e}",
-        )
+        table.add_row(*row_cells(row))
     return table
 
 
 def shares_table(part: Mapping[str, Any]) -> Table:
     title = f"{part['workload']}, ours ({part['variant']}): share of a step"
     table = Table(box=None, header_style="dim", pad_edge=False, title=title, title_justify="left")
-    table.add_column("part")
-    table.add_column("share", justify="right")
-    for name, share in part["shares"].items():
-        table.add_row(name, f"{share:.1%}")
+    for name in PART_COLUMNS:
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for cells in part_rows(part):
+        table.add_row(*cells)
     return table

@@ -161,7 +161,7 @@ def step(
         list[str] | None,
         typer.Option(
             help="Our GEMMs: int16, bf16x3, int8, fp32; the first is `rows`. With +selective "
-            "behind it, gate and up are recomputed."
+            "behind it, gate and up are recomputed, with +selective:8 in eight layers."
         ),
     ] = None,
     peer: Annotated[
@@ -171,6 +171,10 @@ def step(
     threads: Threads = 1,
     repeats: Repeats = 5,
     json_path: JsonPath = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for the plots, PNG.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="One page: rows, share per op, roofline.")
+    ] = None,
 ) -> None:
     """One training step (LoRA r16) of ours against transformers + PEFT in a plain loop."""
     from trimpot.cluster import bench_step as work
@@ -179,6 +183,7 @@ def step(
     result = work.run(workloads, variant, peer, tokens, threads, repeats, _progress)
     if json_path and json_path != "-":
         work.write_json(Path(json_path), result)
+    work.write_drawings(result, plots, html)
     if json_path == "-":
         _emit(result)
         return

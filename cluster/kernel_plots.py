@@ -36,7 +36,7 @@ def label(row: Row) -> str:
 def ratios(rows: Sequence[Row]) -> bytes:
     """A bar for each row: the peer's time over ours, median, with 20th and 80th percentile."""
     shown = list(rows)[:MOST_BARS][::-1]
-    figure, axes = _figure(9, 1.2 + 0.26 * len(shown))
+    figure, axes = new_figure(9, 1.2 + 0.26 * len(shown))
     middle = [row["p50"] for row in shown]
     below = [max(0.0, row["p50"] - row["p20"]) for row in shown]
     above = [max(0.0, row["p80"] - row["p50"]) for row in shown]
@@ -47,14 +47,14 @@ def ratios(rows: Sequence[Row]) -> bytes:
     axes.set_yticks(list(at), [label(row) for row in shown])
     axes.set_xlabel("peer's time / ours (over 1: ours is faster); line: 20th to 80th percentile")
     axes.set_title("Ratio to each peer")
-    return _png(figure)
+    return as_png(figure)
 
 
 def roofline(rows: Sequence[Row], peaks: Mapping[str, Any]) -> bytes:
     """FLOP/s over FLOP per least byte, ours and the peers', under the measured ceilings."""
     import numpy as np
 
-    figure, axes = _figure(8, 5)
+    figure, axes = new_figure(8, 5)
     for mine, colour, name in ((True, OURS, "ours"), (False, PEER, "peers")):
         key = "seconds" if mine else "peer_seconds"
         x = [row["flops"] / row["least_bytes"] for row in rows]
@@ -72,14 +72,14 @@ def roofline(rows: Sequence[Row], peaks: Mapping[str, Any]) -> bytes:
     axes.set_ylabel("TFLOP/s")
     axes.set_title("Roofline: torch's GEMM and copy, measured beside the kernels")
     axes.legend(frameon=False)
-    return _png(figure)
+    return as_png(figure)
 
 
 def least_bytes(rows: Sequence[Row], peaks: Mapping[str, Any]) -> bytes:
     """Bytes that have to be moved, beside what a copy moves in ours' and the peer's time."""
     chosen = [row for row in rows if row["mode"] in WHOLE] or list(rows)
     shown = chosen[:MOST_BARS][::-1]
-    figure, axes = _figure(9, 1.2 + 0.42 * len(shown))
+    figure, axes = new_figure(9, 1.2 + 0.42 * len(shown))
     rate = peaks["copy_gbs"] * 1e9
     parts = (
         ("has to be moved", [row["least_bytes"] for row in shown], "#9aa3ae", 0.27),
@@ -94,10 +94,10 @@ def least_bytes(rows: Sequence[Row], peaks: Mapping[str, Any]) -> bytes:
     axes.set_xlabel("MiB")
     axes.set_title("Bytes", loc="left")
     figure.legend(frameon=False, loc="outside upper right", ncols=3, fontsize=8)
-    return _png(figure)
+    return as_png(figure)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -112,7 +112,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _png(figure: Any) -> bytes:
+def as_png(figure: Any) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()

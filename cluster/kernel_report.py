@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from trimpot.cluster import bench_page
+from trimpot.cluster.bench_page import Page, PageTable, writing
 from trimpot.cluster.kernel_plots import draw_all
 from trimpot.kernels.bench.stats import Change
-from trimpot.runner.errors import StorageError
 
 Row = Mapping[str, Any]
 
@@ -106,78 +106,32 @@ def _name(change: Change) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with _writing(path) as stand_in, stand_in.open("w", newline="", encoding="utf-8") as file:
+    with writing(path) as stand_in, stand_in.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(CSV_COLUMNS)
         writer.writerows([row.get(name) for name in CSV_COLUMNS] for row in rows)
 
 
-def write_plots(folder: Path, plots: Mapping[str, bytes]) -> None:
-    for name, png in plots.items():
-        with _writing(folder / f"{name}.png") as stand_in:
-            stand_in.write_bytes(png)
-
-
 def write_page(
     path: Path, result: Mapping[str, Any], changes: Sequence[Change], plots: Mapping[str, bytes]
 ) -> None:
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    rows = [[*cells(row), row["verdict"], row.get("why") or ""] for row in result["rows"]]
+    tables = [PageTable("Rows", [*COLUMNS, "verdict", ""], rows, last_wraps=True)]
+    if changes:
+        told = [[_name(change), f"{change.ratio:.3f}", change.verdict] for change in changes]
+        tables.append(PageTable("Against the earlier run", ["row", "ratio now / then", ""], told))
+    page = Page(
+        title="trimpot bench kernels",
+        heading="Kernels against their peers",
+        about="A ratio is the peer's time over ours, both run one after the other in each round; "
+        "over 1, ours is faster. Every row was checked against float64 before it was timed; a "
+        "wrong result has no time.",
+        tables=tables,
+        images=plots,
+        notes=result["notes"],
     )
-    source = Path(__file__).with_name("kernel_report.html.j2").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(_content(result, changes, plots))
-    with _writing(path) as stand_in:
-        stand_in.write_text(page, encoding="utf-8")
-
-
-def _content(
-    result: Mapping[str, Any], changes: Sequence[Change], plots: Mapping[str, bytes]
-) -> dict[str, Any]:
-    where = result["environment"]
-    facts = where | {f"peak {name}": peak for name, peak in result["roofline"].items()}
-    device = where.get("gpu") or where["cpu"]
-    return {
-        "subtitle": f"{device} · torch {where['torch']} · threads: {where['threads']}",
-        "notes": result["notes"],
-        "images": [(name, base64.b64encode(png).decode()) for name, png in plots.items()],
-        "columns": [*COLUMNS, "verdict", ""],
-        "rows": [
-            {"cells": cells(row), "verdict": row["verdict"], "why": row.get("why") or ""}
-            for row in result["rows"]
-        ],
-        "changes": [
-            {"name": _name(change), "ratio": f"{change.ratio:.3f}", "verdict": change.verdict}
-            for change in changes
-        ],
-        "environment": [
-            (key.replace("_", " "), ", ".join(value) if isinstance(value, list) else value)
-            for key, value in facts.items()
-        ],
-    }
+    bench_page.write_page(path, page, result["environment"], result["roofline"])
 
 
 def all_plots(result: Mapping[str, Any]) -> dict[str, bytes]:
     return draw_all(result)
-
-
-class _writing:
-    """A file beside `path` that takes its place at the end. Raises StorageError."""
-
-    def __init__(self, path: Path):
-        self.path, self.draft = path, path.with_name(f".{path.name}.draft")
-
-    def __enter__(self) -> Path:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.draft.touch()
-        except OSError as error:
-            raise StorageError(f"{self.path} can't be written: {error.strerror}") from None
-        return self.draft
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.draft.replace(self.path)
-        else:
-            self.draft.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from trimpot.kernels.bench.measure import peak_status, reset_peak
+from trimpot.kernels.bench.roofline import measure_roofline
 from trimpot.kernels.heap import keep_freed_memory
 from trimpot.runner import hub
 from trimpot.runner.adapters import peft_peer
@@ -168,10 +169,13 @@ PARTS = {
 }
 
 
+OWN = re.compile(r"trimpot::(\w+)|GeneratedBackwardFor_trimpot_(\w+?)_default")
+"""A custom op's own time is told under the name of the function that autograd made for it."""
+
+
 def part_of(name: str) -> str:
     """The row of the shares table that an operator of the profile goes into."""
-    # A custom op's own time is told under the name of the function that autograd made for it.
-    if named := re.match(r"trimpot::(\w+)|GeneratedBackwardFor_trimpot_(\w+?)_default", name):
+    if named := OWN.match(name):
         return (named[1] or named[2]).removesuffix("_backward")
     plain = name.removeprefix("aten::")
     for key, part in PARTS.items():
@@ -189,8 +193,13 @@ def shares(side: Side) -> dict[str, Any]:
         side.step()
         seconds = time.perf_counter() - wall
     found: dict[str, float] = {}
-    for event in profiled.key_averages():
-        part = part_of(event.key)
+    for event in profiled.events() or ():
+        # What one of our ops calls of torch's is its own.
+        above = [event]
+        while above[-1].cpu_parent is not None:
+            above.append(above[-1].cpu_parent)
+        owner = next((e for e in above if OWN.match(e.name)), event)
+        part = part_of(owner.name)
         found[part] = found.get(part, 0.0) + event.self_cpu_time_total / 1e6
     found["Python and dispatch"] = max(0.0, seconds - sum(found.values()))
     whole = sum(found.values())
@@ -218,6 +227,8 @@ def serve(spec: dict[str, Any]) -> None:
                 answer(timed_step(side))
             case "shares":
                 answer(shares(side))
+            case "roofline":
+                answer(measure_roofline("cpu", [torch.float32]).told())
 
 
 if __name__ == "__main__":

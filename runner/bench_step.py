@@ -19,8 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from trimpot.kernels.bench.environment import environment
 from trimpot.kernels.bench.stats import paired_ratio, spread
 from trimpot.kernels.dispatch import arithmetics
+from trimpot.runner import hub
+from trimpot.runner.bench_work import step_work
 from trimpot.runner.bench_workloads import Workload, find_workload, write_model
 from trimpot.runner.errors import ConfigError, TrainError
 
@@ -89,7 +92,8 @@ def bench_step(
     say: Say,
 ) -> dict[str, Any]:
     """→ {"rows": one per workload and peer, of the first variant; "other_variants": the same of
-    the others; "shares": per workload}. Raises ConfigError, KernelError, TrainError."""
+    the others; "shares": per workload, with the least work of each op and the roofline measured
+    beside it; "environment"}. Raises ConfigError, KernelError, TrainError."""
     workloads = [(name, find_workload(name, tokens)) for name in names]
     if importlib.util.find_spec("peft") is None:
         raise ConfigError(
@@ -98,6 +102,7 @@ def bench_step(
     if unknown := [peer for peer in peers if peer not in PEERS]:
         raise ConfigError(f"--peer {unknown[0]} is not known; there are {', '.join(PEERS)}")
     result: dict[str, Any] = {"rows": [], "other_variants": [], "shares": []}
+    result["environment"] = {**environment("cpu"), "threads": threads}
     with tempfile.TemporaryDirectory(prefix="trimpot-step-") as scratch:
         for name, workload in workloads:
             folder = _model_folder(name, workload, Path(scratch))
@@ -141,16 +146,22 @@ class _Bench:
                 sides.pop(name).stop()
             steps = self._rounds(sides, repeats)
             shares = sides[ours[0]].ask("shares")
+            roofline = sides[ours[0]].ask("roofline")
         finally:
             for side in sides.values():
                 side.stop()
         rows = [self._row(mine, peer, steps, errors, about) for mine in ours for peer in others]
+        facts = hub.model_facts(str(self.folder), None)
+        work = step_work(facts, self.workload.documents)
         return {
             "rows": rows,
             "shares": {
                 "workload": self.workload.name,
                 "variant": about[ours[0]].get("variant", variants[0]),
                 "shares": dict(sorted(shares.items(), key=lambda item: -item[1])),
+                "seconds": spread([step["seconds"] for step in steps[ours[0]]]).p50,
+                "work": {op: {"flops": w.flops, "bytes": w.bytes} for op, w in work.items()},
+                "roofline": roofline,
             },
         }
 

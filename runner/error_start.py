@@ -62,7 +62,7 @@ def mean_squares(
 ) -> dict[str, torch.Tensor]:
     """{layer: mean of its inputs' squares over all tokens, float64 [K]} of those that had any.
     Raises ModelError where an input is not finite."""
-    names = {layer: name for name, layer in layers.items()}
+    names: dict[Any, str] = {layer: name for name, layer in layers.items()}
     sums: dict[str, torch.Tensor] = {}
     tokens: dict[str, int] = {}
 

@@ -12,8 +12,9 @@ import torch
 from torch.nn import functional
 
 from trimpot.kernels.bench import ours
-from trimpot.kernels.bench.case import BACKWARD, BOTH, FORWARD, Case, Source, Tensors, Work
+from trimpot.kernels.bench.case import Case, Source, Tensors
 from trimpot.kernels.bench.shapes import Call
+from trimpot.kernels.bench.work import attention_work
 
 SHARES = {"causal": (1,), "packed": (16, 11, 3, 1, 14, 7, 9, 3)}
 """Of the documents in the tokens."""
@@ -30,14 +31,8 @@ def attention_case(call: Call, tokens: int, device: str, dtype: torch.dtype) -> 
         "v": source.normal(tokens, kv, d),
         "cu_seqlens": torch.tensor([0, *ends], device=device),
     }
-    pairs = sum((b - a) * (b - a + 1) // 2 for a, b in itertools.pairwise([0, *ends]))
-    flops, moved = 4 * pairs * heads * d, 2 * tokens * (heads + kv) * d * dtype.itemsize
-    # Backward is 5 products for 2, reads q, k, v, o, do and writes three gradients.
-    work = {
-        FORWARD: Work(flops, moved),
-        BACKWARD: Work(2.5 * flops, 2 * moved),
-        BOTH: Work(3.5 * flops, 3 * moved),
-    }
+    lengths = [b - a for a, b in itertools.pairwise([0, *ends])]
+    work = attention_work(lengths, heads, kv, d, dtype.itemsize)
     program = functools.partial(ours.program, call.op)
     return Case(call, dtype, inputs, ("q", "k", "v"), attention_torch, program, work)
 

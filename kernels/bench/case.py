@@ -15,22 +15,13 @@ from typing import Any
 import torch
 
 from trimpot.kernels.bench.shapes import Call
+from trimpot.kernels.bench.work import Work
 
 Tensors = dict[str, Any]
 """By name: tensors, and lists of tensors where an op takes lists."""
 Program = Callable[[Tensors], tuple[torch.Tensor, ...]]
 Outcome = dict[str, torch.Tensor]
 """Outputs ("out 0") and gradients ("d x") of one run, detached."""
-
-FORWARD, BACKWARD, BOTH, STEP = "fwd", "bwd", "fwd+bwd", "step"
-
-
-@dataclass(frozen=True)
-class Work:
-    """The least that a mode must do: floating-point operations, and bytes moved once each."""
-
-    flops: float
-    bytes: float
 
 
 @dataclass(frozen=True)

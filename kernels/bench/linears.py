@@ -1,7 +1,6 @@
 """Cases of the ops that are GEMMs: LoRA linears, linear + cross-entropy, token log-probabilities.
 
-M tokens, K = d_in, N = d_out (all siblings together), R = rank, H hidden, V vocabulary. Least
-traffic is kernels.md's bound: 2MN + 3MK + 2KN elements for a LoRA linear, forward and backward.
+M tokens, K = d_in, N = d_out (all siblings together), R = rank, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,19 +12,16 @@ import torch
 from torch.nn import functional
 
 from trimpot.kernels.bench import ours
-from trimpot.kernels.bench.case import (
+from trimpot.kernels.bench.case import Case, Outcome, Program, Source, Tensors, opmath
+from trimpot.kernels.bench.shapes import RANK, Call
+from trimpot.kernels.bench.work import (
     BACKWARD,
     BOTH,
     FORWARD,
-    Case,
-    Outcome,
-    Program,
-    Source,
-    Tensors,
     Work,
-    opmath,
+    cross_entropy_work,
+    lora_work,
 )
-from trimpot.kernels.bench.shapes import RANK, Call
 
 SCALE = 2.0
 """lora_alpha / rank with PEFT's usual alpha = 2 r."""
@@ -51,7 +47,7 @@ def lora_case(call: Call, tokens: int, device: str, dtype: torch.dtype) -> Case:
         leaves=leaves,
         torch_form=lora_torch,
         ours=functools.partial(ours.program, "lora_linear"),
-        work=_lora_work(tokens, k, sum(outs), len(outs), dtype.itemsize),
+        work=lora_work(tokens, k, sum(outs), len(outs), dtype.itemsize),
     )
 
 
@@ -61,18 +57,6 @@ def lora_torch(t: Tensors) -> tuple[torch.Tensor, ...]:
         functional.linear(t["x"], w) + functional.linear(functional.linear(t["x"], a), b) * scale
         for w, a, b, scale in zip(t["weights"], t["a"], t["b"], t["scales"], strict=True)
     )
-
-
-def _lora_work(m: int, k: int, n: int, siblings: int, size: int) -> dict[str, Work]:
-    base = 2 * m * k * n
-    skinny = 2 * m * RANK * (siblings * k + n)
-    forward = Work(base + skinny, size * (m * k + k * n + m * n))
-    backward = Work(base + 2 * skinny, size * (2 * m * k + k * n + m * n))
-    return {
-        FORWARD: forward,
-        BACKWARD: backward,
-        BOTH: Work(forward.flops + backward.flops, forward.bytes + backward.bytes),
-    }
 
 
 def _head_inputs(call: Call, tokens: int, device: str, dtype: torch.dtype) -> Tensors:
@@ -98,10 +82,7 @@ def cross_entropy_case(call: Call, tokens: int, device: str, dtype: torch.dtype)
         leaves=("h",),
         torch_form=cross_entropy_torch,
         ours=functools.partial(ours.program, "linear_cross_entropy"),
-        work={
-            FORWARD: Work(2 * m * h * v, size * (m * h + v * h)),
-            BOTH: Work(4 * m * h * v, size * (2 * m * h + v * h)),
-        },
+        work=cross_entropy_work(m, h, v, size),
         exact=functools.partial(_by_rows, cross_entropy_torch),
     )
 

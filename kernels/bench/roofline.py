@@ -9,10 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from trimpot.kernels.bench.case import Work, dtype_name
+from trimpot.kernels.bench.case import dtype_name
+from trimpot.kernels.bench.work import Work
 
 GEMM_N = {"cpu": 1024, "cuda": 8192}
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -26,6 +28,13 @@ class Roofline:
     """FLOP/s by dtype's name."""
     copy_bytes: float
     """Bytes per second, read and written ones together."""
+
+    def told(self) -> dict[str, Any]:
+        """For JSON: {"gemm_tflops": {dtype: …}, "copy_gbs"}."""
+        return {
+            "gemm_tflops": {k: round(v / 1e12, 4) for k, v in self.gemm_flops.items()},
+            "copy_gbs": round(self.copy_bytes / 1e9, 2),
+        }
 
     def attainable(self, work: Work, dtype: torch.dtype) -> float:
         """FLOP/s that the device permits at this work's FLOP per byte.

@@ -13,16 +13,7 @@ from typing import Any
 import torch
 
 from trimpot.kernels.bench.attention import attention_case
-from trimpot.kernels.bench.case import (
-    BACKWARD,
-    BOTH,
-    DTYPES,
-    FORWARD,
-    STEP,
-    Case,
-    Variant,
-    dtype_name,
-)
+from trimpot.kernels.bench.case import DTYPES, Case, Variant, dtype_name
 from trimpot.kernels.bench.check import LOW
 from trimpot.kernels.bench.environment import environment
 from trimpot.kernels.bench.linears import cross_entropy_case, logprobs_case, lora_case
@@ -33,6 +24,7 @@ from trimpot.kernels.bench.shapes import Call, calls, find_shape
 from trimpot.kernels.bench.stats import paired_ratio, spread, verdict
 from trimpot.kernels.bench.streams import adamw_case, glu_case, norm_case, rope_case
 from trimpot.kernels.bench.truth import Ours, Row, Truth, prepare, refused, untimed
+from trimpot.kernels.bench.work import BACKWARD, BOTH, FORWARD, STEP
 from trimpot.kernels.errors import BackendError, KernelError
 from trimpot.kernels.heap import keep_freed_memory
 
@@ -94,10 +86,7 @@ def bench(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         rows += bench_call(call, dtype, options, peers, roofline)
     return {
         "environment": environment(options.device),
-        "roofline": {
-            "gemm_tflops": {k: round(v / 1e12, 4) for k, v in roofline.gemm_flops.items()},
-            "copy_gbs": round(roofline.copy_bytes / 1e9, 2),
-        },
+        "roofline": roofline.told(),
         "notes": list(left_out.values()),
         "rows": rows,
     }

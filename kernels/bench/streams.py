@@ -6,26 +6,14 @@ M tokens, H hidden, I intermediate, D head width, P parameters.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 
 import torch
 from torch.nn import functional
 
 from trimpot.kernels.bench import ours
-from trimpot.kernels.bench.case import (
-    BACKWARD,
-    BOTH,
-    FORWARD,
-    STEP,
-    Case,
-    Program,
-    Source,
-    Tensors,
-    Variant,
-    Work,
-    opmath,
-)
+from trimpot.kernels.bench.case import Case, Program, Source, Tensors, Variant, opmath
 from trimpot.kernels.bench.shapes import Call
+from trimpot.kernels.bench.work import STEP, Work, glu_work, norm_work, rope_work
 
 Outs = tuple[torch.Tensor, ...]
 THETA = 10_000.0
@@ -39,10 +27,7 @@ def norm_case(call: Call, tokens: int, device: str, dtype: torch.dtype) -> Case:
         "residual": source.normal(tokens, call.width),
         "weight": source.normal(call.width, scale=0.1).add_(1),
     }
-    n = tokens * call.width
-    # Forward reads x and the residual, writes their sum and y; backward reads both gradients
-    # and the sum, writes one gradient.
-    work = _stream(6 * n, 9 * n, 4 * n * dtype.itemsize, 4 * n * dtype.itemsize)
+    work = norm_work(tokens, call.width, dtype.itemsize)
     return Case(call, dtype, inputs, ("x", "residual"), norm_torch, _ours(call.op), work)
 
 
@@ -65,9 +50,7 @@ def rope_case(call: Call, tokens: int, device: str, dtype: torch.dtype) -> Case:
         "cos": angles.cos().to(device, dtype),
         "sin": angles.sin().to(device, dtype),
     }
-    n = tokens * (heads + kv) * d
-    moved = 2 * n * dtype.itemsize + tokens * d * dtype.itemsize
-    work = _stream(3 * n, 3 * n, moved, moved)
+    work = rope_work(tokens, heads + kv, d, dtype.itemsize)
     return Case(call, dtype, inputs, ("q", "k"), rope_torch, _ours(call.op), work)
 
 
@@ -86,8 +69,7 @@ def rope_torch(t: Tensors) -> Outs:
 def glu_case(call: Call, tokens: int, device: str, dtype: torch.dtype) -> Case:
     source = Source(device, dtype)
     inputs: Tensors = {name: source.normal(tokens, call.width) for name in ("gate", "up")}
-    n = tokens * call.width
-    work = _stream(6 * n, 12 * n, 3 * n * dtype.itemsize, 5 * n * dtype.itemsize)
+    work = glu_work(tokens, call.width, dtype.itemsize)
     form = {"swiglu": swiglu_torch, "geglu": geglu_torch}[call.op]
     return Case(call, dtype, inputs, ("gate", "up"), form, _ours(call.op), work)
 
@@ -180,11 +162,3 @@ class _FusedAdamW:
 
 def _ours(op: str) -> functools.partial[Program]:
     return functools.partial(ours.program, op)
-
-
-def _stream(forward: int, backward: int, read: int, back: int) -> Mapping[str, Work]:
-    return {
-        FORWARD: Work(forward, read),
-        BACKWARD: Work(backward, back),
-        BOTH: Work(forward + backward, read + back),
-    }

@@ -12,7 +12,6 @@ import torch
 
 from trimpot.kernels.bench import ours
 from trimpot.kernels.bench.case import (
-    BOTH,
     Case,
     Outcome,
     Variant,
@@ -23,6 +22,7 @@ from trimpot.kernels.bench.case import (
 )
 from trimpot.kernels.bench.check import FACTOR, LOW, Judgement, judge, worst
 from trimpot.kernels.bench.peers import torch_variant
+from trimpot.kernels.bench.work import BOTH
 from trimpot.kernels.errors import BackendError
 
 Row = dict[str, Any]

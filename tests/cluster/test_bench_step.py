@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from trimpot.kernels.bench.shapes import SHAPES
+from trimpot.kernels.bench.shapes import OPS, RANK, SHAPES
 from trimpot.kernels.errors import KernelError
 from trimpot.runner import bench_sides
 from trimpot.runner.bench_step import relative_error
+from trimpot.runner.bench_work import step_work
 from trimpot.runner.bench_workloads import find_workload, make_batch, trained_tokens, write_model
 from trimpot.runner.data.batch import IGNORED
 from trimpot.runner.errors import TrainError
+from trimpot.runner.plan.facts import read_facts
 
 ROW_KEYS = {
     "workload", "peer", "ratio", "ratio_low", "ratio_high", "memory_ratio", "gradient_error",
@@ -25,11 +30,12 @@ ROW_KEYS = {
 }  # fmt: skip
 
 
-def test_a_tiny_step_end_to_end() -> None:
+def test_a_tiny_step_end_to_end(tmp_path: Path) -> None:
     """Ours in float32 against a peer, packed; each side is a process of its own."""
+    page, plots = tmp_path / "step.html", tmp_path / "plots"
     command = [sys.executable, "-m", "trimpot.cluster.cli", "bench", "step", "--shape", "T-packed"]
     command += ["--tokens", "64", "--repeats", "1", "--variant", "fp32", "--json", "-"]
-    command += ["--peer", "fp32"]
+    command += ["--peer", "fp32", "--html", str(page), "--plots", str(plots)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
@@ -46,7 +52,37 @@ def test_a_tiny_step_end_to_end() -> None:
     (part,) = result["shares"]
     assert part["workload"] == "T-packed"
     assert sum(part["shares"].values()) == pytest.approx(1, abs=0.01)
-    assert any("GEMM" in name or "lora" in name for name in part["shares"])
+    assert part["shares"]["lora_linear"] > 0 and part["seconds"] > 0
+    assert part["work"].keys() <= {*OPS} and part["roofline"]["gemm_tflops"]["fp32"] > 0
+    drawn = {"ratios.png", "shares-T-packed.png", "roofline-T-packed.png"}
+    assert {file.name for file in plots.iterdir()} == drawn
+    for file in plots.iterdir():
+        assert file.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    held = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert len(held) == 3 and "://" not in text
+    assert "linear_cross_entropy" in text and "of roofline" in text
+
+
+def test_the_work_is_what_torch_counts(tmp_path: Path) -> None:
+    """Of matrix products in transformers + PEFT, less those that the first layer is spared, whose
+    inputs want no gradient. Attention's are not causal there, and not recomputed in backward: six
+    products of all pairs, where ours has seven of half of them."""
+    shape, documents = SHAPES["T"], [64]
+    write_model(shape, tmp_path / "T")
+    peer = bench_sides.make_side("fp32", tmp_path / "T", documents)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        peer.backward()
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counted.items() if str(op) in ("aten.mm", "aten.addmm"))
+    work = step_work(read_facts(tmp_path / "T"), documents)
+    tokens, h, out = sum(documents), shape.hidden, shape.hidden + 2 * shape.kv_width
+    spared = 2 * tokens * h * (out + 3 * RANK)
+    ours = work["lora_linear"].flops + work["linear_cross_entropy"].flops - spared
+    assert products == ours
+    attention = sum(n for op, n in counted.items() if str(op) == "aten.bmm")
+    halves = 7 / 6 * (tokens + 1) / tokens / 2
+    assert work["varlen_attention"].flops == pytest.approx(halves * attention)
 
 
 def test_unknown_names_are_one_line() -> None:

@@ -10,20 +10,12 @@ import pytest
 import torch
 
 from trimpot.kernels.bench import measure, ours
-from trimpot.kernels.bench.case import (
-    BACKWARD,
-    BOTH,
-    FORWARD,
-    STEP,
-    Variant,
-    cast,
-    outcome_of,
-    upstream_like,
-)
+from trimpot.kernels.bench.case import Variant, cast, outcome_of, upstream_like
 from trimpot.kernels.bench.check import error, judge
 from trimpot.kernels.bench.liger import RUN as LIGER
 from trimpot.kernels.bench.run import MAKE, Options, bench
 from trimpot.kernels.bench.shapes import OPS, SHAPES, calls
+from trimpot.kernels.bench.work import BACKWARD, BOTH, FORWARD, STEP
 from trimpot.kernels.errors import BackendError, KernelError
 from trimpot.kernels.ops import swiglu as swiglu_op
 
