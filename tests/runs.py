@@ -69,17 +69,21 @@ def torchrun(world_size: int, *arguments: str | Path, timeout: float = 300) -> N
 
 
 def run_arrangements(
-    world_size: int, plans: list[Plan], folder: Path, stops: list[int | None] | None = None
+    world_size: int,
+    plans: list[Plan],
+    folder: Path,
+    stops: list[int | None] | None = None,
+    timeout: float = 300,
 ) -> list[list[float]]:
     """Losses of each plan's steps, all run in one process group of `world_size` workers.
 
-    `stops`: after which step each is interrupted, to go on in a second start.
+    `stops`: after which step each is interrupted, to go on in a second start. `timeout`: seconds.
     """
     result = folder / f"losses-{world_size}.json"
     names = [
         f"{plan.run_dir}/plan.json" + (f"@{stop}" if stop else "")
         for plan, stop in zip(plans, stops or [None] * len(plans), strict=True)
     ]
-    torchrun(world_size, HERE / "arrangements.py", result, *names)
+    torchrun(world_size, HERE / "arrangements.py", result, *names, timeout=timeout)
     losses = json.loads(result.read_text())
     return [losses[name] for name in names]

@@ -14,6 +14,8 @@ from tiny import chat_data
 from trimpot.cluster import journal as journals
 
 STEPS, LONG_S = 48, 300
+WHOLE_S = 900
+"""600 steps of twelve micro-batches: 5 min of one worker on a slow core."""
 OPTIM = {"batch_size": 12, "micro_batch_size": 1, "max_steps": STEPS, "learning_rate": 3e-3}
 DROPOUT = {"lora_dropout": 0.1}
 
@@ -106,7 +108,7 @@ def test_one_run_shrinks_grows_and_loses_a_node(model, tmp_path, count):
     )  # fmt: skip
     yaml = write_yaml(tmp_path / "run.yaml", values)
     alone = prepared(config(model, data, tmp_path / "alone", optim=optim, deterministic=True))
-    (expected,) = run_arrangements(1, [alone], tmp_path)
+    (expected,) = run_arrangements(1, [alone], tmp_path, timeout=WHOLE_S)
 
     def told(kind: str) -> int:
         return sum(event["kind"] == kind for event in events(run))
@@ -124,7 +126,7 @@ def test_one_run_shrinks_grows_and_loses_a_node(model, tmp_path, count):
         until(run, step(run) + 5, driver)
         cluster.nodes[-1].kill()
         wait(lambda: len(starts(run)) == 4, timeout=LONG_S)
-        out, err = driver.communicate(timeout=900)
+        out, err = driver.communicate(timeout=WHOLE_S)
     assert driver.returncode == 0, out + err
     assert [s["world_size"] for s in starts(run)] == [2, 1, 2, 1]
     history = journals.history(events(run))
