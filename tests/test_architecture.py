@@ -201,6 +201,16 @@ print(json.dumps({"code": code, "heavy": heavy, "seconds": time.process_time()})
 """
 
 
+LIBRARIES = """
+import time
+import numpy, pydantic, rich.table, typer, yaml
+print(time.process_time())
+"""
+AT_ONCE = 3.0
+"""A command may take so many times as long as the import of what it can't do without: 2.3 at most
+when this was written, of 0.2 to 0.3 s."""
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -216,18 +226,20 @@ def test_answers_at_once(command: str, tmp_path: Path) -> None:
     import toy
 
     toy.toy_run(tmp_path)
-    runs = []
+    ours, libraries = [], []
     for _ in range(3):  # processor time, the best of three: other processes may have the cores
         done = subprocess.run(
             [sys.executable, "-c", COMMAND, *command.split()],
             cwd=tmp_path, capture_output=True, text=True, check=True,
         )  # fmt: skip
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
-        assert runs[-1]["code"] == 0, done.stdout
-        assert runs[-1]["heavy"] == []
-        if runs[-1]["seconds"] <= 0.5:
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["code"] == 0, done.stdout
+        assert found["heavy"] == []
+        ours.append(found["seconds"])
+        libraries.append(float(subprocess.check_output([sys.executable, "-c", LIBRARIES])))
+        if ours[-1] <= AT_ONCE * libraries[-1]:
             break
-    assert min(run["seconds"] for run in runs) <= 0.5
+    assert min(ours) <= AT_ONCE * min(libraries)
 
 
 PROBE = "from transformers import LlamaForCausalLM"

@@ -22,7 +22,7 @@ from trimpot.runner.adapters.nf4_linear import Nf4Linear
 from trimpot.runner.checkpoint import load_state, newest_checkpoint
 from trimpot.runner.config import AdapterSection
 from trimpot.runner.data.compile import Compiled, load_splits
-from trimpot.runner.error_start import LEAST, _take_back, low_rank, mean_squares, start_from_error
+from trimpot.runner.error_start import LEAST, low_rank, mean_squares, start_from_error, take_back
 from trimpot.runner.errors import ConfigError, ModelError, PlanError
 from trimpot.runner.export import export_run
 from trimpot.runner.model import build_model
@@ -66,7 +66,7 @@ def test_no_update_of_its_rank_leaves_less(shape: tuple[int, int], rank: int) ->
     before = layer.lora_A.detach().clone()
     assert isinstance(layer.base_layer, Nf4Linear)
     error = (weight - layer.base_layer.dequantised(torch.float32)).double()
-    _take_back(layer, weight, square, seed=0)
+    take_back(layer, weight, square, seed=0)
     scale = square.sqrt().clamp_min(LEAST * float(square.mean().sqrt()))
     best = torch.linalg.svdvals(error * scale)[rank:].square().sum()
     update = layer.scale * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
