@@ -18,7 +18,7 @@ VERDICTS = ("FAST", "SLOW", "WRONG")
 class PageTable:
     heading: str
     columns: Sequence[str]
-    """None: it has no head."""
+    """None of them: it has no head."""
     cells: Sequence[Sequence[str]]
     last_wraps: bool = False
 

@@ -34,17 +34,23 @@ def label(row: Row) -> str:
 
 
 def ratios(rows: Sequence[Row]) -> bytes:
-    """A bar for each row: the peer's time over ours, median, with 20th and 80th percentile."""
-    shown = list(rows)[:MOST_BARS][::-1]
-    figure, axes = new_figure(9, 1.2 + 0.26 * len(shown))
-    middle = [row["p50"] for row in shown]
-    below = [max(0.0, row["p50"] - row["p20"]) for row in shown]
-    above = [max(0.0, row["p80"] - row["p50"]) for row in shown]
-    at = range(len(shown))
+    shown = list(rows)[:MOST_BARS]
+    return ratio_bars([(label(row), (row["p20"], row["p50"], row["p80"])) for row in shown])
+
+
+def ratio_bars(rows: Sequence[tuple[str, tuple[float, float, float]]], each: float = 0.26) -> bytes:
+    """A bar for each (name, percentiles 20, 50, 80 of the peer's time over ours), `each` inches."""
+    names, percentiles = zip(*rows[::-1], strict=True)
+    low, middle, high = zip(*percentiles, strict=True)
+    figure, axes = new_figure(9, 1.2 + each * len(names))
+    # A ratio of two medians may lie outside the percentiles of the paired ones.
+    below = [max(0.0, m - at) for m, at in zip(middle, low, strict=True)]
+    above = [max(0.0, at - m) for m, at in zip(middle, high, strict=True)]
+    at = range(len(names))
     axes.barh(at, middle, color=OURS, height=0.62, alpha=0.85)
     axes.errorbar(middle, at, xerr=[below, above], fmt="none", ecolor=INK, elinewidth=1, capsize=2)
     axes.axvline(1, color=PEER, linewidth=1)
-    axes.set_yticks(list(at), [label(row) for row in shown])
+    axes.set_yticks(list(at), names)
     axes.set_xlabel("peer's time / ours (over 1: ours is faster); line: 20th to 80th percentile")
     axes.set_title("Ratio to each peer")
     return as_png(figure)

@@ -8,12 +8,16 @@ from typing import Any
 
 from trimpot.cluster import bench_page
 from trimpot.cluster.bench_page import Page, PageTable
-from trimpot.cluster.kernel_plots import GRID, INK, OURS, PEER, as_png, new_figure
+from trimpot.cluster.kernel_plots import GRID, INK, OURS, as_png, new_figure, ratio_bars
 
 Part = Mapping[str, Any]
 """One workload of result["shares"]."""
 LEAST_SHARE = 0.002
 """Ops under it are no points of the roofline: the profiler's own cost is as large."""
+
+COLUMNS = ("workload", "ours", "against", "ratio", "p20 … p80", "memory", "gradients' error",
+           "bf16's")  # fmt: skip
+PART_COLUMNS = ("part", "share", "GFLOP", "least MB", "of roofline")
 
 
 def draw(result: Mapping[str, Any]) -> dict[str, bytes]:
@@ -42,11 +46,6 @@ def write_page(path: Path, result: Mapping[str, Any], plots: Mapping[str, bytes]
         images=plots,
     )
     bench_page.write_page(path, page, result["environment"], result["shares"][0]["roofline"])
-
-
-COLUMNS = ("workload", "ours", "against", "ratio", "p20 … p80", "memory", "gradients' error",
-           "bf16's")  # fmt: skip
-PART_COLUMNS = ("part", "share", "GFLOP", "least MB", "of roofline")
 
 
 def row_cells(row: Mapping[str, Any]) -> list[str]:
@@ -94,19 +93,16 @@ def _ceiling(part: Part, intensity: Any) -> Any:
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    shown = list(rows)[::-1]
-    figure, axes = new_figure(9, 1.2 + 0.4 * len(shown))
-    middle = [row["ratio"] for row in shown]
-    below = [max(0.0, row["ratio"] - row["ratio_low"]) for row in shown]
-    above = [max(0.0, row["ratio_high"] - row["ratio"]) for row in shown]
-    at = range(len(shown))
-    axes.barh(at, middle, color=OURS, height=0.6, alpha=0.85)
-    axes.errorbar(middle, at, xerr=[below, above], fmt="none", ecolor=INK, elinewidth=1, capsize=2)
-    axes.axvline(1, color=PEER, linewidth=1)
-    axes.set_yticks(list(at), [f"{r['workload']} · {r['variant']}\n{r['peer']}" for r in shown])
-    axes.set_xlabel("peer's time / ours (over 1: ours is faster); line: 20th to 80th percentile")
-    axes.set_title("Ratio to each peer")
-    return as_png(figure)
+    return ratio_bars(
+        [
+            (
+                f"{row['workload']} · {row['variant']}\n{row['peer']}",
+                (row["ratio_low"], row["ratio"], row["ratio_high"]),
+            )
+            for row in rows
+        ],
+        each=0.4,
+    )
 
 
 def _shares(part: Part) -> bytes:
