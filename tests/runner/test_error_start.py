@@ -58,7 +58,7 @@ def layer_of(weight: torch.Tensor, rank: int) -> LoraLinear:
 @pytest.mark.parametrize("rank", [1, 16, 120])
 def test_no_update_of_its_rank_leaves_less(shape: tuple[int, int], rank: int) -> None:
     """Of the outputs' mean square, where channels do not correlate; the reference is all of the
-    SVD in float64. Randomised, ours may leave 2 % more."""
+    SVD in float64. Randomised, ours leaves 2e-6 more."""
     generator = torch.Generator().manual_seed(rank)
     weight = torch.randn(shape, generator=generator)
     square = torch.rand(shape[1], generator=generator).double() ** 6 * 100
@@ -71,7 +71,7 @@ def test_no_update_of_its_rank_leaves_less(shape: tuple[int, int], rank: int) ->
     best = torch.linalg.svdvals(error * scale)[rank:].square().sum()
     update = layer.scale * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
     left = ((error - update) * scale).square().sum()
-    assert left <= 1.02 * best + 1e-9 * (error * scale).square().sum()
+    assert left <= 1.0001 * best + 1e-9 * (error * scale).square().sum()
     full = min(rank, *shape)
     assert torch.equal(layer.lora_A[full:], before[full:])
     assert not layer.lora_B[:, full:].any()
