@@ -12,7 +12,13 @@ typedef std::int16_t s16 __attribute__((vector_size(32)));
 
 constexpr float kLargest = 32766.0f;
 constexpr double kInt32 = 2147483647.0;
-constexpr std::int64_t kFloatBlock = 192;  // lanes: 24 KiB of 32 columns, and 10 KiB of 14 rows
+// Lanes of a block: 24 KiB of 32 columns and 10 KiB of 14 rows. The tile of AVX2 takes 16 columns
+// and 5 rows at a time, 18 KiB and 6 of 288 lanes.
+#if defined(__AVX2__) && !defined(TRIMPOT_GEMM_AVX512)
+constexpr std::int64_t kFloatBlock = 288;
+#else
+constexpr std::int64_t kFloatBlock = 192;
+#endif
 
 static inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 static inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -57,51 +63,81 @@ static inline void store_int16(std::int16_t* at, v16 v) {
     __builtin_memcpy(at, &low, sizeof low);
 }
 
+// Registers: shuffles of wider vectors, and choices between them, GCC 12 makes item by item.
+// TRIMPOT_LANES(of, j) is a list of of(j), of(j + 1), … for each lane of one.
+#define TRIMPOT_4(of, j) of(j), of((j) + 1), of((j) + 2), of((j) + 3)
+#define TRIMPOT_8(of, j) TRIMPOT_4(of, j), TRIMPOT_4(of, (j) + 4)
+#if defined(TRIMPOT_GEMM_AVX512)
+constexpr int kLanes = 16;
+#define TRIMPOT_LANES(of, j) TRIMPOT_8(of, j), TRIMPOT_8(of, (j) + 8)
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#define TRIMPOT_LANES(of, j) TRIMPOT_8(of, j)
+#else
+constexpr int kLanes = 4;
+#define TRIMPOT_LANES(of, j) TRIMPOT_4(of, j)
+#endif
+typedef std::int32_t Lanes __attribute__((vector_size(4 * kLanes)));
+typedef float Singles __attribute__((vector_size(4 * kLanes)));
+constexpr int kParts = 16 / kLanes;  // of 16 items
+
 template <int S>
-static inline void exchange(i16x& a, i16x& b) {
-#define TRIMPOT_LOW(j) ((j) & S ? 16 + (j) - S : (j))
-#define TRIMPOT_HIGH(j) ((j) & S ? 16 + (j) : (j) + S)
-#define TRIMPOT_16(of)                                                                            \
-    of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8), of(9), of(10), of(11), of(12), \
-        of(13), of(14), of(15)
-    const i16x low = __builtin_shufflevector(a, b, TRIMPOT_16(TRIMPOT_LOW));
-    b = __builtin_shufflevector(a, b, TRIMPOT_16(TRIMPOT_HIGH));
+static inline void exchange(Lanes& a, Lanes& b) {
+#define TRIMPOT_LOW(j) ((j) & S ? kLanes + (j) - S : (j))
+#define TRIMPOT_HIGH(j) ((j) & S ? kLanes + (j) : (j) + S)
+    const Lanes low = __builtin_shufflevector(a, b, TRIMPOT_LANES(TRIMPOT_LOW, 0));
+    b = __builtin_shufflevector(a, b, TRIMPOT_LANES(TRIMPOT_HIGH, 0));
     a = low;
 #undef TRIMPOT_LOW
 #undef TRIMPOT_HIGH
-#undef TRIMPOT_16
 }
 
+// Each row of 16 items has kParts registers.
 template <int S>
-static inline void exchange_all(i16x* v) {
+static inline void exchange_all(Lanes (*v)[kParts]) {
+#pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
-        if (!(i & S)) exchange<S>(v[i], v[i + S]);
+        if (i & S) continue;
+#pragma GCC unroll 4
+        for (int p = 0; p < kParts; ++p) {
+            if constexpr (S < kLanes) {
+                exchange<S>(v[i][p], v[i + S][p]);
+            } else if (!(p * kLanes & S)) {
+                const Lanes right = v[i][p + S / kLanes];
+                v[i][p + S / kLanes] = v[i + S][p];
+                v[i + S][p] = right;
+            }
+        }
     }
 }
 
 // 16 x 16 items of 32 bits, in place: four rounds of exchanging off-diagonal blocks.
-static inline void transpose16(i16x* v) {
+static inline void transpose16(Lanes (*v)[kParts]) {
     exchange_all<8>(v);
     exchange_all<4>(v);
     exchange_all<2>(v);
     exchange_all<1>(v);
 }
 
-// a0 b0 a1 b1 … of two vectors of 32 int16, as two vectors.
-static inline void interleave(i16x a, i16x b, std::int16_t* out) {
-    typedef std::int16_t s32 __attribute__((vector_size(64)));
-    const s32 x = (s32)a, y = (s32)b;
-#define TRIMPOT_PAIR(j) (j), 32 + (j)
-#define TRIMPOT_8(j)                                                                \
-    TRIMPOT_PAIR(j), TRIMPOT_PAIR(j + 1), TRIMPOT_PAIR(j + 2), TRIMPOT_PAIR(j + 3), \
-        TRIMPOT_PAIR(j + 4), TRIMPOT_PAIR(j + 5), TRIMPOT_PAIR(j + 6), TRIMPOT_PAIR(j + 7)
-    const s32 first = __builtin_shufflevector(x, y, TRIMPOT_8(0), TRIMPOT_8(8));
-    const s32 second = __builtin_shufflevector(x, y, TRIMPOT_8(16), TRIMPOT_8(24));
+// a0 b0 a1 b1 … of two rows of 32 int16.
+static inline void interleave(const Lanes* a, const Lanes* b, std::int16_t* out) {
+    typedef std::int16_t Pairs __attribute__((vector_size(4 * kLanes)));
+    for (int p = 0; p < kParts; ++p, out += 4 * kLanes) {
+        const Pairs x = (Pairs)a[p], y = (Pairs)b[p];
+#define TRIMPOT_PAIR(j) (j) / 2 + (j) % 2 * 2 * kLanes
+        const Pairs first = __builtin_shufflevector(x, y, TRIMPOT_LANES(TRIMPOT_PAIR, 0),
+                                                    TRIMPOT_LANES(TRIMPOT_PAIR, kLanes));
+        const Pairs second = __builtin_shufflevector(x, y, TRIMPOT_LANES(TRIMPOT_PAIR, 2 * kLanes),
+                                                     TRIMPOT_LANES(TRIMPOT_PAIR, 3 * kLanes));
 #undef TRIMPOT_PAIR
-#undef TRIMPOT_8
-    __builtin_memcpy(out, &first, 64);
-    __builtin_memcpy(out + 32, &second, 64);
+        __builtin_memcpy(out, &first, sizeof first);
+        __builtin_memcpy(out + 2 * kLanes, &second, sizeof second);
+    }
 }
+
+#undef TRIMPOT_LANES
+#undef TRIMPOT_8
+#undef TRIMPOT_4
 
 // Reads a row into floats, times factor, zero up to `padded` (a multiple of 16).
 static inline void read_row(const Matrix& m, std::int64_t row, std::int64_t from,
@@ -123,23 +159,29 @@ static inline void read_row(const Matrix& m, std::int64_t row, std::int64_t from
 // (largest magnitude, L2 norm) of a buffer whose length is a multiple of 16. The norm is not
 // finite where an item is not; a buffer under 1e-36 counts as zero.
 static inline float norm_of(const float* x, std::int64_t count, float* largest) {
-    v16 top = {};
+    Singles top[kParts] = {}, sum[kParts] = {};
     for (std::int64_t i = 0; i < count; i += 16) {
-        const v16 v = load16(x + i);
-        const v16 magnitude = v < 0 ? -v : v;
-        top = magnitude > top ? magnitude : top;
+        Singles v[kParts];
+        __builtin_memcpy(v, x + i, sizeof v);
+        for (int p = 0; p < kParts; ++p) {
+            const Singles magnitude = (Singles)((Lanes)v[p] & 0x7fffffff);
+            top[p] = magnitude > top[p] ? magnitude : top[p];
+        }
     }
-    float most = 0;
-    for (int i = 0; i < 16; ++i) most = top[i] > most ? top[i] : most;
+    float lanes[16], most = 0;
+    __builtin_memcpy(lanes, top, sizeof lanes);
+    for (float lane : lanes) most = lane > most ? lane : most;
     *largest = most;
     if (most < 1e-36f) most = 1;  // NaN alone leaves 0 here, and shows in the sum
-    v16 sum = {};
     const float inverse = 1 / most;
     for (std::int64_t i = 0; i < count; i += 16) {
-        const v16 v = load16(x + i) * inverse;
-        sum += v * v;
+        Singles v[kParts];
+        __builtin_memcpy(v, x + i, sizeof v);
+        for (int p = 0; p < kParts; ++p) sum[p] += v[p] * inverse * (v[p] * inverse);
     }
-    return std::sqrt(sum16(sum)) * most;
+    v16 squares;
+    __builtin_memcpy(&squares, sum, sizeof squares);
+    return std::sqrt(sum16(squares)) * most;
 }
 
 static void quantise(Matrix x, std::int64_t width, const float* factor, const float* limits,
@@ -547,9 +589,9 @@ static inline void transpose_panel(const Pack& pack, std::int64_t lane, std::int
         const std::int16_t* q =
             pack.q + (p * pack.blocks * pack.block / 2 + lane) * 2 * kTileColumns;
         for (int half = 0; half < 2; ++half) {
-            i16x v[16];
+            Lanes v[16][kParts];
             for (int k = 0; k < 16; ++k) {
-                __builtin_memcpy(&v[k], q + k * 2 * kTileColumns + half * 32, 64);
+                __builtin_memcpy(v[k], q + k * 2 * kTileColumns + half * 32, 64);
             }
             transpose16(v);
             std::int16_t* to = out + ((p - from) * kTileColumns + half * 16) * kTileColumns;
@@ -665,18 +707,21 @@ static inline void transpose_float(const Matrix& w, std::int64_t first, std::int
                                    std::int64_t from, std::int64_t lanes, float* out) {
     for (int half = 0; half < kTileColumns; half += 16) {
         for (std::int64_t l = 0; l < lanes; l += 16) {
-            i16x v[16];
+            Lanes v[16][kParts];
             for (int c = 0; c < 16; ++c) {
-                alignas(64) float buffer[16] = {};
-                if (half + c < columns) {
-                    const std::int64_t count = least(16, lanes - l);
-                    read_row(w, first + half + c, from + l, count, nullptr, buffer, 16);
+                const std::int64_t row = first + half + c, count = least(16, lanes - l);
+                if (half + c < columns && count == 16 && !w.bf16) {
+                    const float* x = static_cast<const float*>(w.data);
+                    __builtin_memcpy(v[c], x + row * w.stride + from + l, 64);
+                    continue;
                 }
-                __builtin_memcpy(&v[c], buffer, 64);
+                alignas(64) float buffer[16] = {};
+                if (half + c < columns) read_row(w, row, from + l, count, nullptr, buffer, 16);
+                __builtin_memcpy(v[c], buffer, 64);
             }
             transpose16(v);
             for (std::int64_t i = 0; i < least(16, lanes - l); ++i) {
-                __builtin_memcpy(out + (l + i) * kTileColumns + half, &v[i], 64);
+                __builtin_memcpy(out + (l + i) * kTileColumns + half, v[i], 64);
             }
         }
     }

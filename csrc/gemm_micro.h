@@ -1,5 +1,6 @@
 // The innermost loop: a 14 x 32 tile over 32-bit lanes of the contraction. Included once per
-// instruction set, inside its namespace; TRIMPOT_GEMM_AVX512 selects the assembly.
+// instruction set, inside its namespace; TRIMPOT_GEMM_AVX512 selects the assembly, else the
+// compiler's flags the intrinsics of AVX2.
 //
 // A lane is one float, two int16 or four bytes: what is loaded and broadcast is the
 // same 32 bits, and only the instruction that multiplies and adds differs.
@@ -84,6 +85,98 @@ TRIMPOT_MICRO(micro_bytes, "vpdpbusd")
 #undef TRIMPOT_ZERO
 #undef TRIMPOT_KEEP
 
+#elif defined(__AVX2__) && defined(__FMA__)
+
+// 16 registers hold 5 x 16 sums, their columns and a broadcast: the tile falls into halves of 16
+// columns, whose right operand stays in the L1 cache while 5 + 5 + 4 rows
+// meet it.
+struct Fp32Lane {
+    typedef __m256 Sums;
+    static inline Sums zero() { return _mm256_setzero_ps(); }
+    static inline Sums load(const char* at) {
+        return _mm256_loadu_ps(reinterpret_cast<const float*>(at));
+    }
+    static inline Sums spread(const char* at) {
+        return _mm256_broadcast_ss(reinterpret_cast<const float*>(at));
+    }
+    static inline Sums add(Sums left, Sums right, Sums sums) {
+        return _mm256_fmadd_ps(left, right, sums);
+    }
+    static inline void store(char* at, Sums sums) {
+        _mm256_storeu_ps(reinterpret_cast<float*>(at), sums);
+    }
+};
+
+struct Int16Lane {
+    typedef __m256i Sums;
+    static inline Sums zero() { return _mm256_setzero_si256(); }
+    static inline Sums load(const char* at) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    }
+    static inline Sums spread(const char* at) {
+        std::int32_t pair;
+        __builtin_memcpy(&pair, at, sizeof pair);
+        return _mm256_set1_epi32(pair);
+    }
+    // Assembly, since GCC 12 takes all products of a lane before their sums and spills those.
+    static inline Sums add(Sums left, Sums right, Sums sums) {
+        Sums products;
+        __asm__(
+            "vpmaddwd %[right],%[left],%[products]\n"
+            "vpaddd %[products],%[sums],%[sums]"
+            : [sums] "+x"(sums), [products] "=&x"(products)
+            : [left] "x"(left), [right] "x"(right));
+        return sums;
+    }
+    static inline void store(char* at, Sums sums) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), sums);
+    }
+};
+
+template <class Lane, int kRows>
+static inline void micro_part(std::int64_t lanes, const char* a, std::int64_t row,
+                              std::int64_t lane, const char* b, std::int64_t b_lane, char* tile) {
+    typename Lane::Sums sums[kRows][2];
+#pragma GCC unroll 5
+    for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = Lane::zero();
+    for (std::int64_t l = 0; l < lanes; ++l, a += lane, b += b_lane) {
+        const auto b0 = Lane::load(b), b1 = Lane::load(b + 32);
+#pragma GCC unroll 5
+        for (int r = 0; r < kRows; ++r) {
+            const auto left = Lane::spread(a + r * row);
+            sums[r][0] = Lane::add(left, b0, sums[r][0]);
+            sums[r][1] = Lane::add(left, b1, sums[r][1]);
+        }
+    }
+#pragma GCC unroll 5
+    for (int r = 0; r < kRows; ++r) {
+        Lane::store(tile + r * kTileColumns * 4, sums[r][0]);
+        Lane::store(tile + r * kTileColumns * 4 + 32, sums[r][1]);
+    }
+}
+
+template <class Lane>
+static inline void micro(std::int64_t lanes, const char* a, std::int64_t row, std::int64_t lane,
+                         const char* b, std::int64_t b_lane, void* tile) {
+    static_assert(kTileRows == 14 && kTileColumns == 32, "rows 0, 5 and 10; halves of 64 bytes");
+    for (int half = 0; half < 128; half += 64) {
+        char* to = static_cast<char*>(tile) + half;
+        micro_part<Lane, 5>(lanes, a, row, lane, b + half, b_lane, to);
+        micro_part<Lane, 5>(lanes, a + 5 * row, row, lane, b + half, b_lane, to + 5 * 128);
+        micro_part<Lane, 4>(lanes, a + 10 * row, row, lane, b + half, b_lane, to + 10 * 128);
+    }
+}
+
+static inline void micro_fp32(std::int64_t lanes, const char* a, std::int64_t row,
+                              std::int64_t lane, const char* b, std::int64_t b_lane, void* tile) {
+    micro<Fp32Lane>(lanes, a, row, lane, b, b_lane, tile);
+}
+
+static inline void micro_int16(std::int64_t lanes, const char* a, std::int64_t row,
+                               std::int64_t lane, const char* b, std::int64_t b_lane, void* tile) {
+    micro<Int16Lane>(lanes, a, row, lane, b, b_lane, tile);
+}
+
 #else
 
 // The same in plain C++, for any processor; the compiler makes vectors of the inner loop.
@@ -115,6 +208,10 @@ static inline void micro_int16(std::int64_t lanes, const char* a, std::int64_t r
     }
     __builtin_memcpy(tile, sums, sizeof sums);
 }
+
+#endif
+
+#if !defined(TRIMPOT_GEMM_AVX512)
 
 // Signed bytes on the left, unsigned ones on the right.
 static inline void micro_bytes(std::int64_t lanes, const char* a, std::int64_t row,

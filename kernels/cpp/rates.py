@@ -31,9 +31,9 @@ def permitted(arithmetic: str, dtype: torch.dtype) -> tuple[str, ...]:
 
     For those there is one, not the faster of two: a run that goes on in another process must have
     the bits of one that was never stopped, and near a tie a measurement falls now this way, now
-    that. On AVX-512 it is tiles of our own, at 0.81 to 0.91 of the rate of torch's product in
+    that. It is tiles of our own, on AVX-512 at 0.81 to 0.91 of the rate of torch's product in
     lora_linear at S: MKL cuts sums by the number of its threads, and our bits are to be the same on
-    any number.
+    any number. Below AVX2 they are too slow for that, and it is torch's.
     """
     if arithmetic not in ARITHMETICS:
         raise BackendError(f"cpu_gemm is {arithmetic!r}; one of {', '.join(ARITHMETICS)} is wanted")
@@ -54,7 +54,7 @@ def permitted(arithmetic: str, dtype: torch.dtype) -> tuple[str, ...]:
         return ("fp32",)  # torch's product would be of 16 bits
     if dtype != torch.float32:
         return ("fp32", "torch")
-    return ("fp32",) if extension.gemm_isa() == "avx512" else ("torch",)
+    return ("torch",) if extension.gemm_isa() == "generic" else ("fp32",)
 
 
 def choose(arithmetic: str, dtype: torch.dtype, depth: int, outputs: int) -> str:

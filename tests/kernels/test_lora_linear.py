@@ -87,9 +87,11 @@ class Given:
         return Given(self.x.to(dtype), weights, biases, a, b, dys, self.scales, self.seeds)
 
 
-def inputs(n: Shape, dtype: torch.dtype = torch.float64, outliers: bool = False) -> Given:
+def inputs(
+    n: Shape, dtype: torch.dtype = torch.float64, outliers: bool = False, draw: int = 0
+) -> Given:
     """Adapter i has rank max(R − 2i, 1), by zeros. Outliers × 20 in a row, a column and an item."""
-    make = torch.Generator().manual_seed(n.rows + n.depth + n.rank)
+    make = torch.Generator().manual_seed(n.rows + n.depth + n.rank + 1000 * draw)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return scale * torch.randn(shape, generator=make, dtype=torch.float64)
@@ -163,9 +165,16 @@ def _preferred(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("n", SHAPES, ids=str)
 @checks.product_backends
 def test_obeys_the_rule(backend: str, n: Shape, dtype: torch.dtype) -> None:
-    g = inputs(n, dtype)
-    exact, plain, low = (run("formula", n, g.to(t)) for t in (torch.float64, dtype, torch.bfloat16))
-    checks.assert_judged(backend, run(backend, n, g), plain, low, exact)
+    """Of one row and rank 1, all items of dB have the one rounding of x·A: torch's is small by luck
+    in one draw of 30, and so eight are taken together."""
+    draws = [inputs(n, dtype, draw=draw) for draw in range(8 if n.rows == 1 else 1)]
+
+    def of_all(name: str, t: torch.dtype) -> list[torch.Tensor]:
+        each = [run(name, n, g.to(t)) for g in draws]
+        return [torch.stack(results) for results in zip(*each, strict=True)]
+
+    exact, plain, low = (of_all("formula", t) for t in (torch.float64, dtype, torch.bfloat16))
+    checks.assert_judged(backend, of_all(backend, dtype), plain, low, exact)
 
 
 @checks.needs_extension
@@ -463,6 +472,7 @@ def test_an_adapter_sees_no_others_rows(backend: str) -> None:
 @pytest.mark.parametrize("dtype", checks.DTYPES)
 def test_reads_views(backend: str, dtype: torch.dtype) -> None:
     """Slices, transposed and expanded operands, gradients that are all one number."""
+    checks.skip_torchs_bits(backend, dtype)
     n = Shape(30, 40, (33,), 8, bias=True)
     g = inputs(n, dtype)
 
@@ -529,6 +539,7 @@ STEADY = [
 def test_same_bits_again_and_on_any_number_of_threads(
     backend: str, n: Shape, dtype: torch.dtype
 ) -> None:
+    checks.skip_torchs_bits(backend, dtype)
     g = inputs(n, dtype)
     checks.assert_steady(lambda: run(backend, n, g))
 
@@ -648,6 +659,7 @@ def test_a_frozen_weight_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 @checks.needs_extension
 def test_weights_that_are_not_finite_are_computed_in_fp32() -> None:
+    checks.skip_torchs_bits("cpp:fp32")
     n = SHAPES[0]
     g = inputs(n, torch.float32)
     g.weights[0][3, 4] = torch.nan
