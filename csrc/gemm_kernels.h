@@ -14,7 +14,7 @@ constexpr float kLargest = 32766.0f;
 constexpr double kInt32 = 2147483647.0;
 // Lanes of a block: 24 KiB of 32 columns and 10 KiB of 14 rows. The tile of AVX2 takes 16 columns
 // and 5 rows at a time, 18 KiB and 6 of 288 lanes.
-#if defined(__AVX2__) && !defined(TRIMPOT_GEMM_AVX512)
+#if defined(TRIMPOT_GEMM_AVX2)
 constexpr std::int64_t kFloatBlock = 288;
 #else
 constexpr std::int64_t kFloatBlock = 192;
@@ -70,7 +70,7 @@ static inline void store_int16(std::int16_t* at, v16 v) {
 #if defined(TRIMPOT_GEMM_AVX512)
 constexpr int kLanes = 16;
 #define TRIMPOT_LANES(of, j) TRIMPOT_8(of, j), TRIMPOT_8(of, (j) + 8)
-#elif defined(__AVX2__)
+#elif defined(TRIMPOT_GEMM_AVX2)
 constexpr int kLanes = 8;
 #define TRIMPOT_LANES(of, j) TRIMPOT_8(of, j)
 #else
@@ -828,6 +828,15 @@ static void gradient_fp32(const float* dy, std::int64_t dy_stride, std::int64_t 
 // 8 rows by 32 columns: ranks are multiples of 8 more often than of 14. a: [lanes][8 of `a_lane`].
 static inline void micro_narrow(std::int64_t lanes, const float* a, std::int64_t a_lane,
                                 const float* b, float* tile) {
+#if defined(TRIMPOT_GEMM_AVX2)
+    for (int half = 0; half < kTileColumns; half += 16) {
+        for (int r = 0; r < 8; r += 4) {
+            micro_part<Fp32Lane, 4>(lanes, reinterpret_cast<const char*>(a + r), 4, 4 * a_lane,
+                                    reinterpret_cast<const char*>(b + half), 4 * kTileColumns,
+                                    reinterpret_cast<char*>(tile + r * kTileColumns + half));
+        }
+    }
+#else
     v16 sums[8][2] = {};
     for (std::int64_t l = 0; l < lanes; ++l, a += a_lane, b += kTileColumns) {
         const v16 b0 = load16(b), b1 = load16(b + 16);
@@ -838,6 +847,7 @@ static inline void micro_narrow(std::int64_t lanes, const float* a, std::int64_t
         }
     }
     __builtin_memcpy(tile, sums, sizeof sums);
+#endif
 }
 
 // Contraction over rows, in blocks whose rows of b stay in the L2 cache and the TLB.

@@ -86,6 +86,7 @@ TRIMPOT_MICRO(micro_bytes, "vpdpbusd")
 #undef TRIMPOT_KEEP
 
 #elif defined(__AVX2__) && defined(__FMA__)
+#define TRIMPOT_GEMM_AVX2
 
 // 16 registers hold 5 x 16 sums, their columns and a broadcast: the tile falls into halves of 16
 // columns, whose right operand stays in the L1 cache while 5 + 5 + 4 rows
