@@ -55,7 +55,7 @@ def row_cells(row: Mapping[str, Any]) -> list[str]:
         row["variant"],
         row["peer"],
         f"{row['ratio']:.2f} ×",
-        f"{row['ratio_low']:.2f} … {row['ratio_high']:.2f}",
+        f"{row['ratio_low']:.2f} … {row['ratio_high']:.2f}" if row["repeats"] > 1 else "one step",
         f"{row['memory_ratio']:.2f} ×",
         f"{row['gradient_error']:.1e}",
         f"{row['bf16_gradient_error']:.1e}",

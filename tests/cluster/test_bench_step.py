@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trimpot.kernels.bench.shapes import OPS, RANK, SHAPES
 from trimpot.kernels.errors import KernelError
-from trimpot.runner import bench_sides
+from trimpot.runner import bench_sides, bench_step
 from trimpot.runner.bench_step import relative_error
 from trimpot.runner.bench_work import step_work
 from trimpot.runner.bench_workloads import find_workload, make_batch, trained_tokens, write_model
@@ -62,6 +62,16 @@ def test_a_tiny_step_end_to_end(tmp_path: Path) -> None:
     held = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
     assert len(held) == 3 and "://" not in text
     assert "linear_cross_entropy" in text and "of roofline" in text
+
+
+def test_a_side_far_behind_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind by anything at all, here: the slower of two sides has one step, the faster all."""
+    monkeypatch.setattr(bench_step, "FAR_BEHIND", 1)
+    said: list[str] = []
+    (row,) = bench_step.bench_step(["T"], ["fp32"], ["fp32"], 64, 1, 2, said.append)["rows"]
+    assert row["repeats"] == 1 and 0 < row["ratio_low"] <= row["ratio_high"]
+    assert len([line for line in said if line.endswith("times slower: timed once")]) == 1
+    assert said[-1] == "T: round 2 of 2"
 
 
 def test_the_work_is_what_torch_counts(tmp_path: Path) -> None:
