@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install quickstart test chaos lint format bench clean
+.PHONY: install quickstart test chaos parity lint format bench clean
 
 install: $(STAMP)
 
@@ -35,6 +35,10 @@ test: install
 # The tests that `make test` leaves out; the last line is one JSON object. CHAOS_SEED=n draws other faults.
 chaos: install
 	@CHAOS_SEED=$(or $(CHAOS_SEED),0) $(BIN)/python tests/chaos/run.py
+
+# The quickstart against PEFT in a plain loop and against float64, over its whole length.
+parity: install
+	$(BIN)/python -m pytest -s -m parity tests/runner/test_parity.py
 
 lint: install
 	mkdir -p .cache/typing/trimpot

@@ -86,13 +86,26 @@ def test_a_case_that_raises_has_a_row() -> None:
 def test_the_2x_rule_at_its_edge() -> None:
     exact = torch.tensor([1.0, 4.0], dtype=torch.float64)
     plain = (exact + torch.tensor([0.01, 0.0])).float()
-    half_ulp = torch.finfo(torch.float32).eps / 2 * 4
+    half_ulp = torch.finfo(torch.float32).eps / 2
     inside = exact.float() + torch.tensor([0.0, 0.0199])
     assert judged(inside, plain, exact)["right"]
-    assert judged(inside, plain, exact)["allowed"] == pytest.approx(0.02 + half_ulp, rel=1e-5)
+    assert judged(inside, plain, exact)["allowed"] == pytest.approx(
+        0.02 / 17**0.5 + half_ulp, rel=1e-5
+    )
     assert not judged(exact.float() + torch.tensor([0.0, 0.0202]), plain, exact)["right"]
     assert not judged(inside.half(), plain, exact)["right"]
     assert not judged(inside[:1], plain, exact)["right"]
+    assert not judged(inside * torch.nan, plain, exact)["right"]
+
+
+def test_one_wrong_element_of_many_is_seen() -> None:
+    """It hardly moves the norm, which has room for 20 of torch's errors here."""
+    exact = torch.ones(100, dtype=torch.float64)
+    plain = (exact + 0.01).float()
+    for error, right in ((0.0398, True), (0.0402, False)):
+        ours = exact.float()
+        ours[7] += error
+        assert judged(ours, plain, exact)["right"] == right
 
 
 def test_bytes_are_counted_one_by_one() -> None:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from exact import keep_float64
-from peft import LoraConfig, get_peft_model
+from plain import plain_torch
 from runs import config, prepared, run_arrangements
 from safetensors.torch import load_file
 from tiny import tiny_data
-from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
-from trimpot.runner.adapters.lora import add_lora
 from trimpot.runner.config import Config
 from trimpot.runner.data.batch import join
 from trimpot.runner.data.compile import load_splits
@@ -27,61 +23,6 @@ from trimpot.runner.tasks.causal_lm import token_loss_sum
 from trimpot.runner.types import Plan
 
 STEPS, BATCH = 20, 8
-
-
-def plain_torch(
-    plan: Plan, dtype: torch.dtype = torch.float32
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and adapter of a PEFT model in a loop that has nothing of ours but the tokens and
-    the random start of A."""
-    checked = plan.config
-    train, _ = load_splits(Path(plan.run_dir) / "data")
-    model, weights = peft_model(checked, dtype)
-    optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
-    order = np.random.Generator(np.random.Philox(key=[checked.seed, 0])).permutation(len(train))
-    losses = []
-    for step in range(STEPS):
-        warm = checked.optim.warmup_steps
-        done = max(0, step - warm) / (STEPS - warm)
-        factor = (step + 1) / warm if step < warm else (1 + np.cos(np.pi * done)) / 2
-        optimizer.param_groups[0]["lr"] = checked.optim.learning_rate * factor
-        total, tokens = torch.zeros(()), 0
-        for sample in order[step * BATCH : (step + 1) * BATCH]:  # one by one: nothing is padded
-            ((ids, trained),) = train.parts(sample)
-            targets = torch.from_numpy(np.where(trained, ids, -100).astype("int64"))
-            logits = model(torch.from_numpy(ids.astype("int64"))[None]).logits[0]
-            total = total + functional.cross_entropy(logits[:-1], targets[1:], reduction="sum")
-            tokens += int(trained.sum())
-        (total / tokens).backward()
-        torch.nn.utils.clip_grad_norm_(weights.values(), checked.optim.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total.item() / tokens)
-    return losses, {name: p.detach() for name, p in weights.items()}
-
-
-def peft_model(
-    checked: Config, dtype: torch.dtype
-) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
-    """PEFT's model with our start, and its trained parameters under our names."""
-    load = lambda: AutoModelForCausalLM.from_pretrained(checked.model.path, dtype=torch.float32)  # noqa: E731
-    ours = load()
-    add_lora(ours, checked.adapter, checked.seed)
-    start = {n: p for n, p in ours.named_parameters() if p.requires_grad}
-    rank, alpha = checked.adapter.lora_rank, checked.adapter.lora_alpha
-    model = get_peft_model(
-        load(), LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
-    )
-    weights = {
-        n.removeprefix("base_model.model.").removesuffix(".default.weight"): p
-        for n, p in model.named_parameters()
-        if p.requires_grad
-    }
-    assert weights.keys() == start.keys()
-    with torch.no_grad():
-        for name, parameter in weights.items():
-            parameter.copy_(start[name])
-    return model.to(dtype), weights
 
 
 def adapter_of(plan: Plan) -> dict[str, torch.Tensor]:
@@ -107,7 +48,8 @@ def reference(model: Path, tmp_path_factory: pytest.TempPathFactory):
     """(base config, losses, adapter) of the plain loop."""
     folder = tmp_path_factory.mktemp("numerics")
     base = config(model, tiny_data(folder, 200), folder / "plain")
-    return base, *plain_torch(prepared(base))
+    plain = plain_torch(prepared(base))
+    return base, plain.losses, plain.adapter
 
 
 @pytest.mark.slow
@@ -211,7 +153,8 @@ def test_kernels_keep_as_close_to_float64_as_torch_does(reference, tmp_path, mon
         )
     on, off = run_arrangements(1, list(by_kernels.values()), tmp_path)
     keep_float64(monkeypatch)
-    exact, adapter = plain_torch(by_kernels["off"], torch.float64)
+    plain = plain_torch(by_kernels["off"], torch.float64)
+    exact, adapter = plain.losses, plain.adapter
 
     def curve_off(found: list[float]) -> float:
         return max(abs(a - b) for a, b in zip(found, exact, strict=True))
