@@ -27,10 +27,10 @@ $(STAMP): pyproject.toml .ci/constraints.txt csrc/CMakeLists.txt $(wildcard csrc
 quickstart: install
 	@$(BIN)/trimpot quickstart --out $(OUT) --json
 
-# Kernels' tests are one process each and may share the machine; the others' workers may not.
+# Two files at a time, where nothing hangs on time; clusters and kills have the machine to themselves.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels
-	$(BIN)/python -m pytest --ignore tests/kernels
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels tests/runner
+	$(BIN)/python -m pytest --ignore tests/kernels --ignore tests/runner
 
 # The tests that `make test` leaves out; the last line is one JSON object. CHAOS_SEED=n draws other faults.
 chaos: install

@@ -56,7 +56,7 @@ def write_yaml(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def torchrun(world_size: int, *arguments: str | Path, timeout: float = 300) -> None:
+def torchrun(world_size: int, *arguments: str | Path, timeout: float = 600) -> None:
     """Run a script under torchrun, one thread a worker. Raises with its output where it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={world_size}", *map(str, arguments)]
@@ -73,7 +73,7 @@ def run_arrangements(
     plans: list[Plan],
     folder: Path,
     stops: list[int | None] | None = None,
-    timeout: float = 300,
+    timeout: float = 600,
 ) -> list[list[float]]:
     """Losses of each plan's steps, all run in one process group of `world_size` workers.
 
