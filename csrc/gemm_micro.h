@@ -89,8 +89,7 @@ TRIMPOT_MICRO(micro_bytes, "vpdpbusd")
 #define TRIMPOT_GEMM_AVX2
 
 // 16 registers hold 5 x 16 sums, their columns and a broadcast: the tile falls into halves of 16
-// columns, whose right operand stays in the L1 cache while 5 + 5 + 4 rows
-// meet it.
+// columns, whose right operand stays in the L1 cache while 5 + 5 + 4 rows meet it.
 struct Fp32Lane {
     typedef __m256 Sums;
     static inline Sums zero() { return _mm256_setzero_ps(); }

@@ -134,7 +134,7 @@ def _arithmetic(dtype: str | None, gemm: str) -> str:
     low = "bf16 with fp32 sums" if extension.gemm_fast_split() else low
     if dtype is None:
         return f"{FP32} under precision fp32; under bf16, {low} or torch's own, as measured"
-    return f"{FP32 if dtype == 'float32' else low} or torch's own, whichever is faster"
+    return FP32 if dtype == "float32" else f"{low} or torch's own, whichever is faster"
 
 
 def _triton(facts: Facts) -> Answer:

@@ -165,8 +165,8 @@ def _preferred(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("n", SHAPES, ids=str)
 @checks.product_backends
 def test_obeys_the_rule(backend: str, n: Shape, dtype: torch.dtype) -> None:
-    """Of one row and rank 1, all items of dB have the one rounding of x·A: torch's is small by luck
-    in one draw of 30, and so eight are taken together."""
+    """Of one row and rank 1, all items of dB have the one rounding of x·A, which is small by luck
+    now and then, torch's too: eight draws are taken together."""
     draws = [inputs(n, dtype, draw=draw) for draw in range(8 if n.rows == 1 else 1)]
 
     def of_all(name: str, t: torch.dtype) -> list[torch.Tensor]:
