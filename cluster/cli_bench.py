@@ -152,7 +152,8 @@ def kernels(
 @bench.command("step")
 def step(
     shape: Annotated[
-        list[str] | None, typer.Option(help="T | S | M, or with -packed; repeatable.")
+        list[str] | None,
+        typer.Option(help="T | S | M; S-packed; S-full trains all weights; repeatable."),
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Folder of a model, instead of a shape of random weights.")
@@ -165,7 +166,8 @@ def step(
         ),
     ] = None,
     peer: Annotated[
-        list[str] | None, typer.Option(help="fp32 | bf16 | fp32-documents; all without it.")
+        list[str] | None,
+        typer.Option(help="fp32 | bf16 | fp32-documents (all three without it) | fp32-compiled."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=16, help="Instead of the shape's.")] = None,
     threads: Threads = 1,
@@ -176,7 +178,7 @@ def step(
         Path | None, typer.Option(help="One page: rows, share per op, roofline.")
     ] = None,
 ) -> None:
-    """One training step (LoRA r16) of ours against transformers + PEFT in a plain loop."""
+    """One training step of ours, LoRA r16 or full, against transformers + PEFT in a plain loop."""
     from trimpot.cluster import bench_step as work
 
     workloads = [*(shape or []), *([str(model)] if model else [])] or ["S"]

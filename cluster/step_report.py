@@ -40,7 +40,7 @@ def write_page(path: Path, result: Mapping[str, Any], plots: Mapping[str, bytes]
         title="trimpot bench step",
         heading="A training step against its peers",
         about="A ratio is the peer's time over ours, each side a process of its own, asked for a "
-        "step in turn; over 1, ours is faster. Each side's adapter gradients were held against "
+        "step in turn; over 1, ours is faster. Each side's gradients were held against "
         "those of transformers + PEFT in float32 first. Shares are of one profiled step.",
         tables=tables,
         images=plots,
@@ -109,7 +109,8 @@ def _shares(part: Part) -> bytes:
     names = list(part["shares"])[::-1]
     figure, axes = new_figure(8, 1.0 + 0.3 * len(names))
     values = [100 * part["shares"][name] for name in names]
-    bars = axes.barh(names, values, color=[OURS if n in part["work"] else "#9aa3ae" for n in names])
+    ours = [n in part["work"] and "torch" not in n for n in names]
+    bars = axes.barh(names, values, color=[OURS if own else "#9aa3ae" for own in ours])
     axes.bar_label(bars, fmt="%.1f %%", padding=3, fontsize=8)
     axes.set_xlim(0, 1.15 * max(values))
     axes.set_xlabel("% of a step; blue: our kernels")

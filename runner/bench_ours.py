@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from trimpot.runner import hub
 from trimpot.runner.adapters.lora import lora_layers
+from trimpot.runner.bench_workloads import Method
 from trimpot.runner.config import check_config
 from trimpot.runner.model import build_model
+from trimpot.runner.optimizer import make_optimizer
 from trimpot.runner.plan.plan import make_plan
 from trimpot.runner.types import Fleet, Plan
 
@@ -19,24 +22,30 @@ from trimpot.runner.types import Fleet, Plan
 @dataclass
 class Built:
     model: nn.Module
-    adapters: dict[str, nn.Parameter]
-    """By our names: "<layer>.lora_A", "<layer>.lora_B"."""
+    trained: dict[str, nn.Parameter]
+    """Adapters by our names ("<layer>.lora_A", "<layer>.lora_B"), or with method full all."""
     about: dict[str, Any]
+    optimizer: torch.optim.Optimizer
 
 
-def build_ours(folder: Path, variant: str, rank: int, alpha: float) -> Built:
+def build_ours(
+    folder: Path, variant: str, method: Method, rank: int, alpha: float, learning_rate: float
+) -> Built:
     """`variant`: what the GEMMs of frozen weights compute in, as `cpu_gemm` has it; behind a plus
     `selective`, or `selective:8` for as many layers, the activation checkpointing."""
-    plan = plan_of(folder, variant, rank, alpha)
+    lora = {"adapter": {"lora_rank": rank, "lora_alpha": alpha}} if method == "lora" else {}
+    plan = plan_of(folder, variant, {"method": method, **lora}, learning_rate)
     model = build_model(plan, None)
-    adapters: dict[str, nn.Parameter] = {}
+    trained: dict[str, nn.Parameter] = {}
     for name, layer in lora_layers(model).items():
-        adapters |= {f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B}
+        trained |= {f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B}
+    trained = trained or dict(model.named_parameters())
     kernels = {op: choice["backend"] for op, choice in plan.kernels.items()}
-    return Built(model, adapters, {"variant": variant, "kernels": kernels})
+    about = {"variant": variant, "kernels": kernels}
+    return Built(model, trained, about, make_optimizer(plan, list(trained.values())))
 
 
-def plan_of(folder: Path, variant: str, rank: int, alpha: float) -> Plan:
+def plan_of(folder: Path, variant: str, method: dict[str, Any], learning_rate: float) -> Plan:
     gemm, _, recomputed = variant.partition("+")
     kind, _, layers = recomputed.partition(":")
     config = check_config(
@@ -48,9 +57,9 @@ def plan_of(folder: Path, variant: str, rank: int, alpha: float) -> Plan:
             },
             "precision": "fp32",
             "output_dir": str(folder.parent / "run"),
-            "adapter": {"lora_rank": rank, "lora_alpha": alpha},
+            **method,
             "data": {"train": "random", "max_length": 64},
-            "optim": {"batch_size": 1},
+            "optim": {"batch_size": 1, "learning_rate": learning_rate},
             "kernels": {"cpu_gemm": gemm},
         },
         "bench step",

@@ -5,7 +5,8 @@ every side has its own memory to be measured, and none leaves its heap to anothe
 rounds still alternate between them.
 
 Ours is the runner's model with the runner's kernels. The peer is transformers + PEFT in a plain
-loop: loss.backward(), AdamW(fused=True).step(). Both start from the same weights and adapters.
+loop: loss.backward(), AdamW(fused=True).step(). Both start from the same weights and adapters; with
+method full there are no adapters, and no PEFT.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from trimpot.kernels.heap import keep_freed_memory
 from trimpot.runner import hub
 from trimpot.runner.adapters import peft_peer
 from trimpot.runner.bench_ours import build_ours
-from trimpot.runner.bench_workloads import make_batch, trained_tokens
+from trimpot.runner.bench_workloads import Method, make_batch, trained_tokens
 from trimpot.runner.tasks.causal_lm import token_loss_sum
 
 RANK, ALPHA = 16, 32.0
@@ -42,49 +43,56 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass
 class Side:
-    """A model with its adapters, and what one forward and backward of it is."""
+    """A model with what it trains, and what one forward and backward of it is."""
 
     model: nn.Module
-    adapters: dict[str, nn.Parameter]
+    trained: dict[str, nn.Parameter]
+    """Adapters by our names, or with method full all weights by transformers'."""
     backward: Callable[[], float]
     """Adds the gradients of the batch's mean loss; → that loss."""
     about: dict[str, Any]
-    optimizer: torch.optim.Optimizer | None = None
+    optimizer: torch.optim.Optimizer
 
     def step(self) -> float:
-        if self.optimizer is None:
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
         loss = self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
 
-def make_side(name: str, folder: Path, documents: list[int]) -> Side:
+def make_side(name: str, folder: Path, documents: list[int], method: Method = "lora") -> Side:
     """`name`: "ours:int16", "ours:fp32" …, or a peer: "fp32", "bf16", "fp32-documents"."""
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     batch = make_batch(vocabulary, documents)
     if name.startswith("ours:"):
         keep_freed_memory()  # as the runner's workers do; the peer is a plain loop
-        built = build_ours(folder, name.removeprefix("ours:"), RANK, ALPHA)
-        side = Side(built.model, built.adapters, _mean_loss(built.model, batch), built.about)
+        built = build_ours(folder, name.removeprefix("ours:"), method, RANK, ALPHA, LEARNING_RATE)
+        backward = _mean_loss(built.model, batch)
+        side = Side(built.model, built.trained, backward, built.about, built.optimizer)
     else:
-        side = _peer(name, folder, batch, documents)
-    start_adapters(side.adapters)
+        side = _peer(name, folder, batch, documents, method)
+    if method == "lora":
+        start_adapters(side.trained)
     return side
 
 
-def _peer(name: str, folder: Path, batch: Batch, documents: list[int]) -> Side:
+def _peer(name: str, folder: Path, batch: Batch, documents: list[int], method: Method) -> Side:
     dtype = torch.bfloat16 if name.startswith("bf16") else torch.float32
-    base = hub.load_causal_lm(folder, dtype=dtype, attention="sdpa", deepspeed=None)
-    model = peft_peer.add_peft(base, RANK, ALPHA)
+    model = hub.load_causal_lm(folder, dtype=dtype, attention="sdpa", deepspeed=None)
+    if method == "lora":
+        model = peft_peer.add_peft(model, RANK, ALPHA)
+        trained = peft_peer.adapter_weights(model)
+    else:
+        trained = dict(model.named_parameters())
     model.train()
+    if name.endswith("-compiled"):
+        model.compile()
     one_by_one = name.endswith("-documents")
     backward = (
         _by_documents(model, batch, documents) if one_by_one else _as_transformers(model, batch)
     )
-    return Side(model, peft_peer.adapter_weights(model), backward, {"variant": name})
+    optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, fused=True)
+    return Side(model, trained, backward, {"variant": name}, optimizer)
 
 
 def _mean_loss(model: nn.Module, batch: Batch) -> Callable[[], float]:
@@ -137,9 +145,9 @@ def start_adapters(adapters: dict[str, nn.Parameter]) -> None:
 
 
 def gradients(side: Side, path: Path) -> dict[str, Any]:
-    """Write each adapter's gradient of the first batch, fp32, and forget it."""
+    """Write each trained weight's gradient of the first batch, fp32, and forget it."""
     loss = side.backward()
-    found = {name: p.grad for name, p in side.adapters.items()}
+    found = {name: p.grad for name, p in side.trained.items()}
     arrays = {n: g.detach().float().numpy() for n, g in found.items() if g is not None}
     np.savez(path, **arrays)  # pyright: ignore[reportArgumentType]
     side.model.zero_grad(set_to_none=True)
@@ -216,7 +224,7 @@ def serve(spec: dict[str, Any]) -> None:
         answers.write(json.dumps(values) + "\n")
         answers.flush()
 
-    side = make_side(spec["side"], Path(spec["folder"]), spec["documents"])
+    side = make_side(spec["side"], Path(spec["folder"]), spec["documents"], spec["method"])
     answer({"ready": True})
     for line in sys.stdin:
         command = json.loads(line)

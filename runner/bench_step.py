@@ -1,7 +1,7 @@
 """`trimpot bench step`: one training step of ours against transformers + PEFT, in paired rounds.
 
-Before anything is timed, each side's adapter gradients of the same batch are taken and held
-against those of transformers + PEFT in float32: how close arithmetic is belongs beside how fast.
+Before anything is timed, each side's gradients of the same batch are taken and held against
+those of transformers + PEFT in float32: how close arithmetic is belongs beside how fast.
 """
 
 from __future__ import annotations
@@ -29,13 +29,8 @@ from trimpot.runner.errors import ConfigError, TrainError
 
 REFERENCE, LOW = "fp32", "bf16"
 PEERS = ("fp32", "bf16", "fp32-documents")
-TITLES = {
-    ("fp32", False): "transformers + PEFT, fp32 sdpa",
-    ("bf16", False): "transformers + PEFT, bf16 sdpa",
-    ("fp32", True): "transformers + PEFT, fp32 sdpa, dense mask",
-    ("bf16", True): "transformers + PEFT, bf16 sdpa, dense mask",
-    ("fp32-documents", True): "transformers + PEFT, fp32 sdpa, one document per micro-batch",
-}
+COMPILED = "fp32-compiled"
+"""Asked for by name only: it compiles for a minute, and was slower than fp32 wherever measured."""
 
 FAR_BEHIND = 8
 """A side which takes that many times as long as the fastest is not the peer to beat: bf16 takes 20
@@ -98,18 +93,19 @@ def bench_step(
     """→ {"rows": one per workload and peer, of the first variant; "other_variants": the same of
     the others; "shares": per workload, with the least work of each op and the roofline measured
     beside it; "environment"}. Raises ConfigError, KernelError, TrainError."""
-    workloads = [(name, find_workload(name, tokens)) for name in names]
+    workloads = [find_workload(name, tokens) for name in names]
     if importlib.util.find_spec("peft") is None:
         raise ConfigError(
             "the peer of bench step is PEFT, which is missing; pip install trimpot[bench]"
         )
-    if unknown := [peer for peer in peers if peer not in PEERS]:
-        raise ConfigError(f"--peer {unknown[0]} is not known; there are {', '.join(PEERS)}")
+    if unknown := [peer for peer in peers if peer not in (*PEERS, COMPILED)]:
+        known = ", ".join((*PEERS, COMPILED))
+        raise ConfigError(f"--peer {unknown[0]} is not known; there are {known}")
     result: dict[str, Any] = {"rows": [], "other_variants": [], "shares": []}
     result["environment"] = {**environment("cpu"), "threads": threads}
     with tempfile.TemporaryDirectory(prefix="trimpot-step-") as scratch:
-        for name, workload in workloads:
-            folder = _model_folder(name, workload, Path(scratch))
+        for workload in workloads:
+            folder = _model_folder(workload, Path(scratch))
             bench = _Bench(workload, folder, Path(scratch), threads, say)
             found = bench.run(variants, peers, repeats)
             result["rows"] += [row for row in found["rows"] if row["wanted"] == variants[0]]
@@ -120,12 +116,12 @@ def bench_step(
     return result
 
 
-def _model_folder(name: str, workload: Workload, scratch: Path) -> Path:
-    if workload.shape is None:
-        return Path(name.removesuffix("-packed")).resolve()
-    folder = scratch / workload.shape.name
+def _model_folder(workload: Workload, scratch: Path) -> Path:
+    if isinstance(workload.model, Path):
+        return workload.model
+    folder = scratch / workload.model.name
     if not folder.is_dir():
-        write_model(workload.shape, folder)
+        write_model(workload.model, folder)
     return folder
 
 
@@ -139,7 +135,7 @@ class _Bench:
 
     def run(self, variants: Sequence[str], peers: Sequence[str], repeats: int) -> dict[str, Any]:
         ours = [f"ours:{variant}" for variant in variants]
-        others = [peer for peer in peers if (peer, self.workload.packed) in TITLES]
+        others = [p for p in peers if self.workload.packed or not p.endswith("-documents")]
         needed = list(dict.fromkeys([*ours, *others, REFERENCE, LOW]))
         sides = {name: self._start(name) for name in needed}
         try:
@@ -156,7 +152,7 @@ class _Bench:
                 side.stop()
         rows = [self._row(mine, peer, steps, errors, about) for mine in ours for peer in others]
         facts = hub.model_facts(str(self.folder), None)
-        work = step_work(facts, self.workload.documents)
+        work = step_work(facts, self.workload.documents, self.workload.method)
         return {
             "rows": rows,
             "shares": {
@@ -174,6 +170,7 @@ class _Bench:
             "side": name,
             "folder": str(self.folder),
             "documents": self.workload.documents,
+            "method": self.workload.method,
             "threads": self.threads,
         }
         log = self.scratch / f"{name.replace(':', '-')}.log"
@@ -194,7 +191,7 @@ class _Bench:
     def _gradients(
         self, sides: dict[str, Process]
     ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-        """({side: ‖g − reference‖ / ‖reference‖ over all adapters}, {side: what it says})."""
+        """({side: ‖g − reference‖ / ‖reference‖ over all it trains}, {side: what it says})."""
         about: dict[str, dict[str, Any]] = {}
         paths: dict[str, Path] = {}
         for name, side in sides.items():
@@ -246,7 +243,7 @@ class _Bench:
         tokens = self.workload.tokens
         return {
             "workload": self.workload.name,
-            "peer": TITLES[peer, self.workload.packed],
+            "peer": title(peer, self.workload),
             "variant": about[mine].get("variant", mine.removeprefix("ours:")),
             "wanted": mine.removeprefix("ours:"),
             "threads": self.threads,
@@ -266,6 +263,17 @@ class _Bench:
             "repeats": min(len(ours_s), len(peer_s)),
             "kernels": about[mine].get("kernels", {}),
         }
+
+
+def title(peer: str, workload: Workload) -> str:
+    dtype, _, way = peer.partition("-")
+    library = "transformers" if workload.method == "full" else "transformers + PEFT"
+    parts = [library, f"{dtype} sdpa"]
+    if way == "compiled":
+        parts.append("torch.compile")
+    if workload.packed:
+        parts.append("one document per micro-batch" if way == "documents" else "dense mask")
+    return ", ".join(parts)
 
 
 def relative_error(found: dict[str, Any], reference: dict[str, Any]) -> float:

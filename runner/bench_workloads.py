@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from trimpot.kernels.bench.shapes import Shape, find_shape
 from trimpot.runner.data.batch import IGNORED
@@ -16,20 +16,21 @@ if TYPE_CHECKING:
 
 DOCUMENTS = (512, 384, 320, 256, 224, 160, 128, 64)
 """Tokens of the packed documents, in 2,048."""
-PACKED = "-packed"
+PACKED, FULL = "-packed", "-full"
+Method = Literal["lora", "full"]
 MODEL_TOKENS = 2048
 """In one batch of a model that is given as a folder."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`name` as the user gave it: "S", "S-packed", or a folder."""
+    """`name` as the user gave it ("S", "S-packed", "S-full"), of a folder its last part."""
 
     name: str
-    shape: Shape | None
-    """None of a model's folder."""
+    model: Shape | Path
     tokens: int
     packed: bool
+    method: Method
 
     @property
     def documents(self) -> list[int]:
@@ -42,12 +43,15 @@ class Workload:
 
 def find_workload(name: str, tokens: int | None) -> Workload:
     """Raises KernelError for a name that is neither a shape's nor a folder's."""
-    plain = name.removesuffix(PACKED)
-    packed = plain != name
-    if Path(plain).is_dir():
-        return Workload(Path(plain).name + PACKED * packed, None, tokens or MODEL_TOKENS, packed)
+    plain, packed = name.removesuffix(PACKED), name.endswith(PACKED)
+    method: Method = "lora"
+    if plain.endswith(FULL) and not Path(plain).is_dir():
+        plain, method = plain.removesuffix(FULL), "full"
+    if (folder := Path(plain)).is_dir():
+        named = Path(name).name
+        return Workload(named, folder.resolve(), tokens or MODEL_TOKENS, packed, method)
     shape = find_shape(plain)
-    return Workload(name, shape, tokens or shape.tokens, packed)
+    return Workload(name, shape, tokens or shape.tokens, packed, method)
 
 
 def write_model(shape: Shape, folder: Path) -> None:

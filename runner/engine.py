@@ -26,7 +26,7 @@ from torch import nn
 
 from trimpot.runner.fused.exchange import Workers
 from trimpot.runner.in_order import InOrder
-from trimpot.runner.optimizer import AdamW, TorchAdamW
+from trimpot.runner.optimizer import AdamW, TorchAdamW, make_optimizer
 from trimpot.runner.pulse import PULSE
 from trimpot.runner.types import Plan
 
@@ -349,7 +349,7 @@ def start_engine(plan: Plan, model: nn.Module) -> Engine:
     import deepspeed
 
     names = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = _optimizer(plan, list(names.values()))
+    optimizer = make_optimizer(plan, list(names.values()))
     if plan.zero_stage:
         _import_muon()
     inner, _, _, _ = deepspeed.initialize(
@@ -378,34 +378,12 @@ def _import_muon() -> None:
             torch.compiler.set_default_backend(None)
 
 
-def _optimizer(plan: Plan, parameters: list[nn.Parameter]) -> AdamW | TorchAdamW:
-    """Ours where the plan has a kernel for it, torch's own otherwise."""
-    optim, groups = plan.config.optim, _groups(plan, parameters)
-    settings = {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.eps}
-    backend = plan.kernels.get("adamw_step", {"backend": "off"})["backend"]
-    if backend in ("off", "torch"):
-        return TorchAdamW(groups, **settings)
-    return AdamW(groups, **settings, backend=backend)
-
-
 def reach(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Under ZeRO-3: have these whole, too, while the module computes and goes back."""
     import deepspeed
 
     for parameter in parameters:
         deepspeed.zero.register_external_parameter(module, parameter)
-
-
-def _groups(plan: Plan, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Weight decay on matrices only: on norms and biases it has nothing to regularise."""
-    decay = plan.config.optim.weight_decay
-    if not decay:
-        return [{"params": parameters, "weight_decay": 0.0}]
-    # ZeRO-3 has flattened its parameters; ds_shape keeps what they were.
-    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
-    rest = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [(matrices, decay), (rest, 0.0)]
-    return [{"params": part, "weight_decay": value} for part, value in groups if part]
 
 
 def load_weights(model: nn.Module, read: ReadWhole, zero_stage: int) -> None:

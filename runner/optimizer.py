@@ -6,8 +6,32 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from trimpot.kernels.ops.adamw_step import adamw_step
+from trimpot.runner.types import Plan
+
+
+def make_optimizer(plan: Plan, parameters: list[nn.Parameter]) -> AdamW | TorchAdamW:
+    """Ours where the plan has a kernel for it, torch's own otherwise."""
+    optim, groups = plan.config.optim, _groups(plan, parameters)
+    settings = {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.eps}
+    backend = plan.kernels.get("adamw_step", {"backend": "off"})["backend"]
+    if backend in ("off", "torch"):
+        return TorchAdamW(groups, **settings)
+    return AdamW(groups, **settings, backend=backend)
+
+
+def _groups(plan: Plan, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Weight decay on matrices only: on norms and biases it has nothing to regularise."""
+    decay = plan.config.optim.weight_decay
+    if not decay:
+        return [{"params": parameters, "weight_decay": 0.0}]
+    # ZeRO-3 has flattened its parameters; ds_shape keeps what they were.
+    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
+    rest = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [(matrices, decay), (rest, 0.0)]
+    return [{"params": part, "weight_decay": value} for part, value in groups if part]
 
 
 class TorchAdamW(torch.optim.AdamW):

@@ -40,11 +40,18 @@ def lora_work(m: int, k: int, n: int, siblings: int, size: int) -> dict[str, Wor
     )
 
 
-def cross_entropy_work(m: int, h: int, v: int, size: int) -> dict[str, Work]:
-    """Of a frozen head, whose gradient is ready after forward: the two are no parts of a step."""
+def linear_work(m: int, k: int, n: int, size: int) -> dict[str, Work]:
+    """Of a trained weight: backward has the weight's gradient to make, too."""
+    once = Work(2 * m * k * n, size * (m * k + k * n + m * n))
+    return _modes(once, once * 2)
+
+
+def cross_entropy_work(m: int, h: int, v: int, size: int, frozen: bool = True) -> dict[str, Work]:
+    """With a frozen head the gradient is ready after forward: the two are no parts of a step."""
+    once, gradients = m * h + v * h, m * h + (0 if frozen else v * h)
     return {
-        FORWARD: Work(2 * m * h * v, size * (m * h + v * h)),
-        BOTH: Work(4 * m * h * v, size * (2 * m * h + v * h)),
+        FORWARD: Work(2 * m * h * v, size * once),
+        BOTH: Work((4 if frozen else 6) * m * h * v, size * (once + gradients)),
     }
 
 
@@ -63,6 +70,11 @@ def norm_work(m: int, h: int, size: int) -> dict[str, Work]:
     """Forward reads x and the residual, writes their sum and y; backward reads both gradients and
     the sum, writes one gradient."""
     return _modes(Work(6 * m * h, 4 * m * h * size), Work(9 * m * h, 4 * m * h * size))
+
+
+def adamw_work(count: int, size: int) -> Work:
+    """Reads weight, gradient and two moments, writes all but the gradient."""
+    return Work(16 * count, 7 * count * size)
 
 
 def rope_work(m: int, heads: int, head_dim: int, size: int) -> dict[str, Work]:

@@ -19,7 +19,13 @@ from trimpot.kernels.errors import KernelError
 from trimpot.runner import bench_sides, bench_step
 from trimpot.runner.bench_step import relative_error
 from trimpot.runner.bench_work import step_work
-from trimpot.runner.bench_workloads import find_workload, make_batch, trained_tokens, write_model
+from trimpot.runner.bench_workloads import (
+    Method,
+    find_workload,
+    make_batch,
+    trained_tokens,
+    write_model,
+)
 from trimpot.runner.data.batch import IGNORED
 from trimpot.runner.errors import TrainError
 from trimpot.runner.plan.facts import read_facts
@@ -74,22 +80,24 @@ def test_a_side_far_behind_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert said[-1] == "T: round 2 of 2"
 
 
-def test_the_work_is_what_torch_counts(tmp_path: Path) -> None:
-    """Of matrix products in transformers + PEFT, less those that the first layer is spared, whose
-    inputs want no gradient. Attention's are not causal there, and not recomputed in backward: six
-    products of all pairs, where ours has seven of half of them."""
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_work_is_what_torch_counts(tmp_path: Path, method: Method) -> None:
+    """Of matrix products in transformers + PEFT, less those that the first layer is spared where
+    the embeddings, its inputs, want no gradient. Attention's are not causal there, and not
+    recomputed in backward: six products of all pairs, where ours has seven of half of them."""
     shape, documents = SHAPES["T"], [64]
     write_model(shape, tmp_path / "T")
-    peer = bench_sides.make_side("fp32", tmp_path / "T", documents)
+    peer = bench_sides.make_side("fp32", tmp_path / "T", documents, method)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         peer.backward()
     counted = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in counted.items() if str(op) in ("aten.mm", "aten.addmm"))
-    work = step_work(read_facts(tmp_path / "T"), documents)
+    work = step_work(read_facts(tmp_path / "T"), documents, method)
     tokens, h, out = sum(documents), shape.hidden, shape.hidden + 2 * shape.kv_width
-    spared = 2 * tokens * h * (out + 3 * RANK)
-    ours = work["lora_linear"].flops + work["linear_cross_entropy"].flops - spared
-    assert products == ours
+    linear, spared = work.get("lora_linear"), 2 * tokens * h * (out + 3 * RANK)
+    if linear is None:
+        linear, spared = work["GEMM (torch)"], 0
+    assert products == linear.flops + work["linear_cross_entropy"].flops - spared
     attention = sum(n for op, n in counted.items() if str(op) == "aten.bmm")
     halves = 7 / 6 * (tokens + 1) / tokens / 2
     assert work["varlen_attention"].flops == pytest.approx(halves * attention)
@@ -107,8 +115,15 @@ def test_workloads(tmp_path: Path) -> None:
     assert find_workload("S-packed", None).documents == [512, 384, 320, 256, 224, 160, 128, 64]
     assert find_workload("S", None).documents == [2048]
     assert sum(find_workload("S-packed", 1000).documents) == 1000
+    assert find_workload("S-packed", None).method == "lora"
+    full = find_workload("S-full-packed", None)
+    assert full.method == "full" and full.packed and full.model == SHAPES["S"]
     folder = find_workload(f"{tmp_path}-packed", None)
-    assert folder.shape is None and folder.packed and folder.name == f"{tmp_path.name}-packed"
+    assert folder.model == tmp_path and folder.packed and folder.name == f"{tmp_path.name}-packed"
+    own = tmp_path / "a-full"  # a folder of that name, not the folder a trained in full
+    own.mkdir()
+    assert find_workload(str(own), None).method == "lora"
+    assert find_workload(f"{own}-full", None).model == own
     with pytest.raises(KernelError, match="there is no shape"):
         find_workload("XL", None)
 
@@ -125,11 +140,27 @@ def test_both_sides_have_the_same_adapters(tmp_path: Path) -> None:
     write_model(SHAPES["T"], tmp_path / "T")
     ours = bench_sides.make_side("ours:fp32", tmp_path / "T", [8])
     peer = bench_sides.make_side("fp32", tmp_path / "T", [8])
-    assert ours.adapters.keys() == peer.adapters.keys()
-    assert len(ours.adapters) == 2 * 7 * SHAPES["T"].layers
-    for name, parameter in ours.adapters.items():
-        assert torch.equal(parameter, peer.adapters[name]), name
+    assert ours.trained.keys() == peer.trained.keys()
+    assert len(ours.trained) == 2 * 7 * SHAPES["T"].layers
+    for name, parameter in ours.trained.items():
+        assert torch.equal(parameter, peer.trained[name]), name
         assert parameter.abs().sum() > 0
+
+
+def test_full_sides_train_the_same_weights(tmp_path: Path) -> None:
+    """And know the same gradients of all of them, and move by the same step of AdamW."""
+    write_model(SHAPES["T"], tmp_path / "T")
+    moved, found = [], []
+    for name in ("ours:fp32", "fp32"):
+        side = bench_sides.make_side(name, tmp_path / "T", [9, 5, 2], "full")
+        before = {n: p.detach().clone() for n, p in side.trained.items()}
+        bench_sides.gradients(side, tmp_path / "found.npz")
+        found.append(dict(np.load(tmp_path / "found.npz")))
+        side.step()
+        moved.append({n: (p.detach() - before[n]).numpy() for n, p in side.trained.items()})
+    assert len(found[0]) == 9 * SHAPES["T"].layers + 2
+    assert relative_error(found[0], found[1]) < 1e-5
+    assert relative_error(moved[0], moved[1]) < 1e-2
 
 
 def test_one_document_per_micro_batch_is_the_same_step(tmp_path: Path) -> None:

@@ -20,18 +20,19 @@ from trimpot.runner.types import Plan
 
 pytestmark = pytest.mark.parity
 HOUR = 3600.0
+KERNELS = {"auto": {"default": "auto"}, "off": {"default": "off"}, "int16": {"cpu_gemm": "int16"}}
 
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
-    """Of the technical recipe with kernels on and with transformers' own code."""
+    """Of the technical recipe with kernels on, with transformers' own code, and in int16."""
     folder = tmp_path_factory.mktemp("parity")
     base = load_config(prepare("technical", folder, say=tell))
     made = {}
-    for default in ("auto", "off"):
-        kernels = base.kernels.model_copy(update={"default": default})
-        update = {"kernels": kernels, "output_dir": str(folder / default)}
-        made[default] = prepared(base.model_copy(update=update))
+    for name, wanted in KERNELS.items():
+        kernels = base.kernels.model_copy(update=wanted)
+        update = {"kernels": kernels, "output_dir": str(folder / name)}
+        made[name] = prepared(base.model_copy(update=update))
     return made
 
 
@@ -42,12 +43,12 @@ def peft(plans: dict[str, Plan]) -> Plain:
 
 @pytest.fixture(scope="module")
 def ours(plans: dict[str, Plan]) -> dict[str, tuple[list[float], list[float]]]:
-    """{kernels: (losses, held-out losses)}"""
+    """{name: (losses, held-out losses)}"""
     folder, found = Path(plans["auto"].run_dir).parent, {}
-    for default, plan in plans.items():
+    for name, plan in plans.items():
         (losses,) = run_arrangements(plan.world_size, [plan], folder, timeout=HOUR)
         told = json.loads((folder / f"losses-{plan.world_size}.json").read_text())
-        found[default] = losses, told[f"{plan.run_dir}/plan.json#held-out"]
+        found[name] = losses, told[f"{plan.run_dir}/plan.json#held-out"]
     return found
 
 
@@ -56,6 +57,13 @@ def test_peft_lands_on_the_same_held_out_loss(ours, peft: Plain) -> None:
     tell(f"held-out: ours {held_out[0]:.5f} to {held_out[-1]:.5f}, PEFT {peft.held_out:.5f}")
     assert held_out[-1] < held_out[0] - 1
     assert held_out[-1] == pytest.approx(peft.held_out, rel=0.01)
+
+
+def test_int16_lands_on_the_held_out_loss_of_fp32(ours) -> None:
+    held_out, exact = (ours[name][1][-1] for name in ("int16", "auto"))
+    tell(f"held-out: int16 {held_out:.5f}, fp32 {exact:.5f}")
+    assert held_out != exact  # it was int16
+    assert held_out == pytest.approx(exact, rel=0.005)
 
 
 def test_kernels_keep_as_close_to_float64_as_torch_does(ours, plans, peft, monkeypatch) -> None:
