@@ -12,12 +12,14 @@ typedef std::int16_t s16 __attribute__((vector_size(32)));
 
 constexpr float kLargest = 32766.0f;
 constexpr double kInt32 = 2147483647.0;
-// Lanes of a block: 24 KiB of 32 columns and 10 KiB of 14 rows. The tile of AVX2 takes 16 columns
-// and 5 rows at a time, 18 KiB and 6 of 288 lanes.
-#if defined(TRIMPOT_GEMM_AVX2)
-constexpr std::int64_t kFloatBlock = 288;
-#else
+// Lanes of a block: 24 KiB of 32 columns and 10 KiB of 14 rows.
 constexpr std::int64_t kFloatBlock = 192;
+// Columns that a task takes at most, in panels of 32. AVX2 comes with smaller L2 caches, which a
+// task's left rows fill: its part of C is not kept there between blocks, but fetched ahead.
+#if defined(TRIMPOT_GEMM_AVX2)
+constexpr std::int64_t kPanelsOfTask = 24;
+#else
+constexpr std::int64_t kPanelsOfTask = 8;
 #endif
 
 static inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -449,6 +451,45 @@ static inline void put_float(const float* tile, const float* bias, bool add, flo
     }
 }
 
+static inline bool whole(const Place& at) { return at.rows == kTileRows && at.columns % 16 == 0; }
+
+// c (+)= a · b [+ bias], of rows that lie one behind another.
+static inline void fp32_tile(std::int64_t lanes, const float* a, const float* b, const float* bias,
+                             bool add, const Place& at) {
+    const char *left = reinterpret_cast<const char*>(a), *right = reinterpret_cast<const char*>(b);
+#if defined(TRIMPOT_GEMM_AVX2)
+    if (whole(at)) {
+        direct<Fp32Lane>(lanes, left, 4 * lanes, right, at.c, at.stride, at.columns, bias, add,
+                         [](int, int, __m256 sums, __m256 base) { return base + sums; });
+        return;
+    }
+#endif
+    alignas(64) float tile[kTileRows * kTileColumns];
+    micro_fp32(lanes, left, 4 * lanes, 4, right, 128, tile);
+    put_float(tile, bias, add, 1, at);
+}
+
+// c (+)= (a · b) · left (per row) · right (per column) [+ bias]. row: items from row to row of a.
+static inline void int16_tile(std::int64_t lanes, const std::int16_t* a, std::int64_t row,
+                              const std::int16_t* b, const float* left, const float* right,
+                              const float* bias, bool add, const Place& at) {
+    const char *rows = reinterpret_cast<const char*>(a), *panel = reinterpret_cast<const char*>(b);
+#if defined(TRIMPOT_GEMM_AVX2)
+    if (whole(at)) {
+        direct<Int16Lane>(lanes, rows, 2 * row, panel, at.c, at.stride, at.columns, bias, add,
+                          [=](int r, int column, __m256i sums, __m256 base) {
+                              const __m256 scaled =
+                                  _mm256_cvtepi32_ps(sums) * _mm256_loadu_ps(right + column);
+                              return base + scaled * _mm256_set1_ps(left[r]);
+                          });
+        return;
+    }
+#endif
+    alignas(64) std::int32_t tile[kTileRows * kTileColumns];
+    micro_int16(lanes, rows, 2 * row, 4, panel, 128, tile);
+    put_int(tile, left, right, bias, add, at);
+}
+
 // A float matrix whose last tile of rows is whole: a copy of those rows, padded with zeros.
 struct Padded {
     const float* data;
@@ -511,15 +552,15 @@ static Floats panels_of(const float* x, std::int64_t rows, std::int64_t columns)
     return out;
 }
 
-// How a result is cut into tasks. One of them keeps its left rows of a block (up to 448 x 512 B),
-// a group of up to 8 panels of 32 columns and its part of C in a 1 MiB L2 cache; the rows of a
-// tile are read from there once per group.
+// How a result is cut into tasks. One of them keeps its left rows of a block (up to 448 x 768 B)
+// in the L2 cache, of 1 MiB also a group of 8 panels of 32 columns and its part of C; the rows of
+// a tile are read from there once per group.
 struct Split {
     std::int64_t share, shares, group, groups, panels;
 
     Split(std::int64_t rows, std::int64_t columns, std::int64_t tile_rows = kTileRows) {
         panels = ceil_div(columns, kTileColumns);
-        groups = ceil_div(panels, 8);
+        groups = ceil_div(panels, kPanelsOfTask);
         group = ceil_div(panels, groups);
         const std::int64_t threads = omp_get_max_threads();
         std::int64_t wanted = ceil_div(rows, 448);
@@ -557,18 +598,16 @@ static void forward(const Rows& a, const Pack& pack, float* y, std::int64_t stri
 #pragma omp parallel for schedule(dynamic)
     for (std::int64_t t = 0; t < split.tasks(); ++t) {
         const Task task(split, t, a.rows);
-        alignas(64) std::int32_t tile[kTileRows * kTileColumns];
         for (std::int64_t b = 0; b < pack.blocks; ++b) {
             for (std::int64_t p = task.panel; p < task.last; ++p) {
                 const std::int16_t* right =
                     pack.q + (p * pack.blocks + b) * pack.block * kTileColumns;
                 for (std::int64_t r = task.row; r < task.end; r += kTileRows) {
                     const std::int16_t* q = a.q + (b * a.padded + r) * a.block;
-                    micro_int16(a.block / 2, reinterpret_cast<const char*>(q), a.block * 2, 4,
-                                reinterpret_cast<const char*>(right), 128, tile);
                     const Place at = place(y, stride, pack.rows, r, task.end, p);
-                    put_int(tile, a.scale + b * a.padded + r, pack.row_scale + p * kTileColumns,
-                            bias ? bias + p * kTileColumns : nullptr, b > 0, at);
+                    int16_tile(a.block / 2, q, a.block, right, a.scale + b * a.padded + r,
+                               pack.row_scale + p * kTileColumns,
+                               bias ? bias + p * kTileColumns : nullptr, b > 0, at);
                     if (b + 1 == pack.blocks && update.rank) {
                         add_update(left, r, update.right + p * update.rank * kTileColumns,
                                    kTileColumns, update.rank, at);
@@ -611,7 +650,6 @@ static void gradient(const Rows& dy, const Pack& pack, float* dx, std::int64_t s
 #pragma omp parallel for schedule(dynamic)
     for (std::int64_t t = 0; t < split.tasks(); ++t) {
         const Task task(split, t, dy.rows);
-        alignas(64) std::int32_t tile[kTileRows * kTileColumns];
         alignas(64) std::int16_t right[kGradientBlock * kTileColumns];
         for (std::int64_t g = 0; g < dy.blocks; ++g) {
             const std::int64_t lanes = least(kGradientBlock, all - g * kGradientBlock) / 2;
@@ -619,11 +657,9 @@ static void gradient(const Rows& dy, const Pack& pack, float* dx, std::int64_t s
                 transpose_panel(pack, p * 16, g, right);
                 for (std::int64_t r = task.row; r < task.end; r += kTileRows) {
                     const std::int16_t* q = dy.q + (g * dy.padded + r) * dy.block;
-                    micro_int16(lanes, reinterpret_cast<const char*>(q), dy.block * 2, 4,
-                                reinterpret_cast<const char*>(right), 128, tile);
                     const Place at = place(dx, stride, pack.depth, r, task.end, p);
-                    put_int(tile, dy.scale + g * dy.padded + r, scale.data + p * kTileColumns,
-                            nullptr, add || g > 0, at);
+                    int16_tile(lanes, q, dy.block, right, dy.scale + g * dy.padded + r,
+                               scale.data + p * kTileColumns, nullptr, add || g > 0, at);
                     if (g + 1 == dy.blocks && update.rank) {
                         add_update(left, r, low.data + p * update.rank * kTileColumns, kTileColumns,
                                    update.rank, at);
@@ -683,16 +719,13 @@ static void skinny(const Rows& a, const float* limits, const float* data, std::i
         }
 #pragma omp parallel for schedule(static)
         for (std::int64_t r = 0; r < a.rows; r += kTileRows) {
-            alignas(64) std::int32_t tile[kTileRows * kTileColumns];
             const Place at{out + r * stride + p * kTileColumns, stride,
                            static_cast<int>(least(kTileRows, a.rows - r)), columns};
             for (std::int64_t b = 0; b < a.blocks; ++b) {
                 const std::int16_t* left = a.q + (b * a.padded + r) * a.block;
-                micro_int16(a.block / 2, reinterpret_cast<const char*>(left), a.block * 2, 4,
-                            reinterpret_cast<const char*>(q + b * a.block * kTileColumns), 128,
-                            tile);
-                put_int(tile, a.scale + b * a.padded + r, scale + b * kTileColumns, nullptr, b > 0,
-                        at);
+                int16_tile(a.block / 2, left, a.block, q + b * a.block * kTileColumns,
+                           a.scale + b * a.padded + r, scale + b * kTileColumns, nullptr, b > 0,
+                           at);
             }
         }
         std::free(q);
@@ -711,8 +744,9 @@ static inline void transpose_float(const Matrix& w, std::int64_t first, std::int
             for (int c = 0; c < 16; ++c) {
                 const std::int64_t row = first + half + c, count = least(16, lanes - l);
                 if (half + c < columns && count == 16 && !w.bf16) {
-                    const float* x = static_cast<const float*>(w.data);
-                    __builtin_memcpy(v[c], x + row * w.stride + from + l, 64);
+                    const float* x = static_cast<const float*>(w.data) + row * w.stride + from + l;
+                    __builtin_prefetch(x + 64);
+                    __builtin_memcpy(v[c], x, 64);
                     continue;
                 }
                 alignas(64) float buffer[16] = {};
@@ -731,6 +765,11 @@ static inline void transpose_float(const Matrix& w, std::int64_t first, std::int
 static inline void copy_panel(const Matrix& w, std::int64_t from, std::int64_t lanes,
                               std::int64_t first, std::int64_t columns, float* out) {
     for (std::int64_t l = 0; l < lanes; ++l) {
+        if (!w.bf16) {
+            const float* next = static_cast<const float*>(w.data) + (from + l + 12) * w.stride;
+            __builtin_prefetch(next + first);
+            __builtin_prefetch(next + first + 16);
+        }
         read_row(w, from + l, first, least(kTileColumns, columns), nullptr, out + l * kTileColumns,
                  kTileColumns);
     }
@@ -755,11 +794,9 @@ static inline void gather(const Product& job, const Task& task, std::int64_t fro
 // The tiles of panel p, one block of the contraction.
 static inline void fp32_panel(const Product& job, const Task& task, std::int64_t p,
                               const float* left, const float* right, std::int64_t lanes, bool add) {
-    alignas(64) float tile[kTileRows * kTileColumns];
+    const float* bias = job.bias ? job.bias + p * kTileColumns : nullptr;
     for (std::int64_t r = task.row; r < task.end; r += kTileRows) {
-        micro_fp32(lanes, reinterpret_cast<const char*>(left + (r - task.row) * lanes), lanes * 4,
-                   4, reinterpret_cast<const char*>(right), 128, tile);
-        put_float(tile, job.bias ? job.bias + p * kTileColumns : nullptr, add, 1,
+        fp32_tile(lanes, left + (r - task.row) * lanes, right, bias, add,
                   place(job.c, job.stride, job.columns, r, task.end, p));
     }
 }

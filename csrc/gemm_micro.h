@@ -133,9 +133,11 @@ struct Int16Lane {
     }
 };
 
-template <class Lane, int kRows>
-static inline void micro_part(std::int64_t lanes, const char* a, std::int64_t row,
-                              std::int64_t lane, const char* b, std::int64_t b_lane, char* tile) {
+// put(r, at, sums): the sums of row r from byte `at` of a row on.
+template <class Lane, int kRows, class Put>
+static inline void micro_sums(std::int64_t lanes, const char* a, std::int64_t row,
+                              std::int64_t lane, const char* b, std::int64_t b_lane,
+                              const Put& put) {
     typename Lane::Sums sums[kRows][2];
 #pragma GCC unroll 5
     for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = Lane::zero();
@@ -150,20 +152,71 @@ static inline void micro_part(std::int64_t lanes, const char* a, std::int64_t ro
     }
 #pragma GCC unroll 5
     for (int r = 0; r < kRows; ++r) {
-        Lane::store(tile + r * kTileColumns * 4, sums[r][0]);
-        Lane::store(tile + r * kTileColumns * 4 + 32, sums[r][1]);
+        put(r, 0, sums[r][0]);
+        put(r, 32, sums[r][1]);
     }
 }
+
+template <class Lane, int kRows>
+static inline void micro_part(std::int64_t lanes, const char* a, std::int64_t row,
+                              std::int64_t lane, const char* b, std::int64_t b_lane, char* tile) {
+    const auto put = [=](int r, int at, typename Lane::Sums sums) {
+        Lane::store(tile + r * kTileColumns * 4 + at, sums);
+    };
+    micro_sums<Lane, kRows>(lanes, a, row, lane, b, b_lane, put);
+}
+
+static_assert(kTileRows == 14 && kTileColumns == 32, "rows 0, 5 and 10; halves of 16 columns");
 
 template <class Lane>
 static inline void micro(std::int64_t lanes, const char* a, std::int64_t row, std::int64_t lane,
                          const char* b, std::int64_t b_lane, void* tile) {
-    static_assert(kTileRows == 14 && kTileColumns == 32, "rows 0, 5 and 10; halves of 64 bytes");
     for (int half = 0; half < 128; half += 64) {
         char* to = static_cast<char*>(tile) + half;
         micro_part<Lane, 5>(lanes, a, row, lane, b + half, b_lane, to);
         micro_part<Lane, 5>(lanes, a + 5 * row, row, lane, b + half, b_lane, to + 5 * 128);
         micro_part<Lane, 4>(lanes, a + 10 * row, row, lane, b + half, b_lane, to + 10 * 128);
+    }
+}
+
+template <class Lane, int kRows, class Put>
+static inline void direct_part(std::int64_t lanes, const char* a, std::int64_t row, const char* b,
+                               float* c, std::int64_t stride, const float* bias, bool add,
+                               const Put& put) {
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(c + r * stride, 1);
+    const auto on = [&](const auto& base) {
+        const auto each = [&](int r, int at, typename Lane::Sums sums) {
+            float* to = c + r * stride + at / 4;
+            _mm256_storeu_ps(to, put(r, at / 4, sums, base(to, at / 4)));
+        };
+        micro_sums<Lane, kRows>(lanes, a, row, 4, b, 4 * kTileColumns, each);
+    };
+    if (add) {
+        on([](const float* to, int) { return _mm256_loadu_ps(to); });
+    } else if (bias) {
+        on([=](const float*, int at) { return _mm256_loadu_ps(bias + at); });
+    } else {
+        on([](const float*, int) { return _mm256_setzero_ps(); });
+    }
+}
+
+// 14 rows of 16 columns, or of 32, go from the registers to c. put(r, column, sums, base): what
+// the sums of 8 columns make of the base, which is c itself, or else the bias, or zero.
+template <class Lane, class Put>
+static inline void direct(std::int64_t lanes, const char* a, std::int64_t row, const char* b,
+                          float* c, std::int64_t stride, int columns, const float* bias, bool add,
+                          const Put& put) {
+    for (int j = 0; j < columns; j += 16, b += 64, c += 16, bias += bias ? 16 : 0) {
+        const auto from = [&](int first) {
+            return [&put, first, j](int r, int column, typename Lane::Sums sums, __m256 base) {
+                return put(first + r, j + column, sums, base);
+            };
+        };
+        direct_part<Lane, 5>(lanes, a, row, b, c, stride, bias, add, from(0));
+        direct_part<Lane, 5>(lanes, a + 5 * row, row, b, c + 5 * stride, stride, bias, add,
+                             from(5));
+        direct_part<Lane, 4>(lanes, a + 10 * row, row, b, c + 10 * stride, stride, bias, add,
+                             from(10));
     }
 }
 
