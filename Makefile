@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= quickstart
+USUAL := not chaos and not parity
 STAMP := $(VENV)/.installed
 # One thread per worker, and waiting threads that sleep: two pools on two cores spin otherwise.
 export OMP_WAIT_POLICY ?= passive
@@ -27,10 +28,11 @@ $(STAMP): pyproject.toml .ci/constraints.txt csrc/CMakeLists.txt $(wildcard csrc
 quickstart: install
 	@$(BIN)/trimpot quickstart --out $(OUT) --json
 
-# Two files at a time, where nothing hangs on time; clusters and kills have the machine to themselves.
+# Two files at a time, where nothing hangs on time. In the order of their names: xdist's own puts
+# files of few tests last, which are the long ones.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels tests/runner
-	$(BIN)/python -m pytest --ignore tests/kernels --ignore tests/runner
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m '$(USUAL) and not alone'
+	$(BIN)/python -m pytest -m '$(USUAL) and alone'
 
 # The tests that `make test` leaves out; the last line is one JSON object. CHAOS_SEED=n draws other faults.
 chaos: install

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("cluster", "runner", "kernels")
 """From the top down: each may import itself and what stands after it."""

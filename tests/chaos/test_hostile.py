@@ -21,6 +21,8 @@ import toy
 from hostile_all import all_inputs
 from hostile_inputs import Input
 
+pytestmark = pytest.mark.alone
+
 HERE = Path(__file__).parent
 SECONDS, MEMORY_BYTES = 1.0, 256 << 20
 QUICK = 5

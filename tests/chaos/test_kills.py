@@ -27,6 +27,8 @@ from tiny import chat_data
 
 from trimpot.cluster import journal as journals
 
+pytestmark = pytest.mark.alone
+
 STEPS, EVERY = 20, 4
 QUICK, LONG = 7, 58
 """Schedules in `make test`, and further ones in `make chaos`."""

@@ -13,6 +13,8 @@ from tiny import chat_data
 
 from trimpot.cluster import journal as journals
 
+pytestmark = pytest.mark.alone
+
 STEPS, LONG_S = 48, 300
 WHOLE_S = 900
 """600 steps of twelve micro-batches: 5 min of one worker on a slow core."""

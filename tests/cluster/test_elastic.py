@@ -14,6 +14,8 @@ from tiny import chat_data
 
 from trimpot.cluster import journal as journals
 
+pytestmark = pytest.mark.alone
+
 PLANT = """
 # Every Python process of the run starts with this: the loop's learning rate raises at step 9.
 import sys, threading, time

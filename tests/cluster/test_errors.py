@@ -31,6 +31,8 @@ from trimpot.runner.errors import SaveError
 from trimpot.runner.run_yaml import load_config
 from trimpot.runner.types import Event, Fleet
 
+pytestmark = pytest.mark.alone
+
 Mischief = Callable[[Path], Any]
 
 

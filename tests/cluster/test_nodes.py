@@ -9,6 +9,8 @@ from nodes import ray_nodes
 from runs import config, prepared, run_arrangements, settings, write_yaml
 from tiny import tiny_data
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.slow
 def test_training_across_nodes_equals_one_process(model, tmp_path):

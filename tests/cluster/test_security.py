@@ -23,6 +23,8 @@ from trimpot.cluster import launch
 from trimpot.cluster.launch import check_dashboard, is_loopback, secure_environment
 from trimpot.runner.errors import ClusterError
 
+pytestmark = pytest.mark.alone
+
 RAY = Path(sys.executable).with_name("ray")
 TRIMPOT = [sys.executable, "-m", "trimpot.cluster.cli"]
 

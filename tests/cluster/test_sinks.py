@@ -13,6 +13,8 @@ from trimpot.cluster import sinks
 from trimpot.cluster.sinks import Sinks, flat, open_sinks, without_secrets
 from trimpot.runner.errors import UserError
 
+pytestmark = pytest.mark.alone
+
 CONFIG = {
     "method": "lora",
     "optim": {"learning_rate": 5e-4},

@@ -17,6 +17,8 @@ import pytest
 from runs import settings, write_yaml
 from tiny import chat_data
 
+pytestmark = pytest.mark.alone
+
 TRAIN = [sys.executable, "-m", "trimpot.cluster.cli", "train"]
 
 

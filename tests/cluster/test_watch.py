@@ -25,6 +25,8 @@ from trimpot.cluster.watch import Watch
 from trimpot.runner.pulse import FOLDER, Pulse, read_beats
 from trimpot.runner.types import Event
 
+pytestmark = pytest.mark.alone
+
 NOTICED_S = 5.0
 """Over the time that a section has: beats, looks, and a node that is asked."""
 
