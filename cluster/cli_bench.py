@@ -90,7 +90,8 @@ def kernels(
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16.")] = "fp32",
     vs: Annotated[str, typer.Option(help="torch, compile, peft, liger.")] = "torch",
     backend: Annotated[
-        str, typer.Option(help="auto, torch, cpp, cpp:int16 (bf16x3, fp32), triton; commas.")
+        str,
+        typer.Option(help="auto, torch, cpp, cpp:int16 (bf16x3, fp32), triton, vendor."),
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu | cuda (ROCm too).")] = "cpu",
     tokens: Annotated[int | None, typer.Option(min=1, help="Instead of the shape's.")] = None,

@@ -3,10 +3,12 @@
 Every op has the backend "torch": its plain definition, which runs everywhere. It has that name
 also where numpy is all the definition needs, so that a plan says the same word for every op.
 Before it stand the faster ones, best first: "native" and "cpp" are the C++ extension (for data on
-its way to training, and for tensors), "triton" is for GPUs. Each backend has a predicate over the
+its way to training, and for tensors), "triton" is for GPUs, "vendor" what others made for them.
+Each backend has a predicate over the
 facts of the call; the first that says yes is taken. Facts, all optional: device ("cpu", "cuda"),
 dtype ("float32" …), gemm (what `kernels.cpu_gemm` says of matrix products), head_dim (attention's
-D); op is always there.
+D), softcap (attention's), architecture ("sm_90") and flash (which FlashAttention torch calls on
+it); op is always there.
 
 No torch here: `trimpot plan` and `trimpot doctor` ask too.
 """
@@ -149,6 +151,26 @@ def _triton(facts: Facts) -> Answer:
     return Answer(True, "Triton")
 
 
+def _flash(facts: Facts) -> Answer:
+    """FlashAttention through torch."""
+    if (device := facts.get("device", "cpu")) != "cuda":
+        return Answer(False, f"tensors are on the {device.upper()}")
+    dtype = facts.get("dtype")
+    if dtype not in (None, *DTYPES[1:]):
+        return Answer(False, f"FlashAttention takes bf16 and fp16, tensors are {dtype}")
+    if (width := facts.get("head_dim", 8)) % 8:
+        return Answer(False, f"heads are {width} wide, no multiple of 8")
+    if cap := facts.get("softcap"):
+        return Answer(False, f"scores have a soft cap of {cap:g}, torch's FlashAttention none")
+    architecture = facts.get("architecture", "sm_80")
+    if not architecture.startswith("sm_") or int(architecture[3:]) < 80:
+        return Answer(False, f"FlashAttention wants sm_80 or later, the GPU is {architecture}")
+    if not (version := facts.get("flash", "FA2")):
+        return Answer(False, "this torch was built without FlashAttention")
+    what = f"FlashAttention ({version})"
+    return Answer(True, what if dtype else f"{what} under precision bf16, else Triton")
+
+
 def _definition(_: Facts) -> Answer:
     return Answer(True, "plain definition")
 
@@ -174,7 +196,8 @@ _TORCH = Backend("torch", _definition)
 _TENSOR = (Backend("triton", _triton), Backend("cpp", _cpp), _TORCH)
 _GEMM = (Backend("triton", _triton), Backend("cpp", _cpp_gemm), _TORCH)
 _ATTENTION = (
-    Backend("triton", _with_heads(_triton)), Backend("cpp", _with_heads(_cpp_attention)), _TORCH,
+    Backend("vendor", _with_heads(_flash)), Backend("triton", _with_heads(_triton)),
+    Backend("cpp", _with_heads(_cpp_attention)), _TORCH,
 )  # fmt: skip
 
 OPS: dict[str, tuple[Backend, ...]] = {

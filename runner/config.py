@@ -262,7 +262,9 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value
 
 
-KernelBackend = Annotated[Literal["auto", "torch", "cpp", "triton", "off"], BeforeValidator(_off)]
+KernelBackend = Annotated[
+    Literal["auto", "torch", "cpp", "triton", "vendor", "off"], BeforeValidator(_off)
+]
 
 
 class KernelsSection(Section):
@@ -278,7 +280,8 @@ class KernelsSection(Section):
     rope: KernelBackend | None = None
     """Rotary embedding of q and k, with their norms where the model has them."""
     varlen_attention: KernelBackend | None = None
-    """Attention that keeps packed documents apart without a mask, windows and soft caps in it."""
+    """Attention that keeps packed documents apart without a mask, windows and soft caps in it. auto
+    takes vendor first on GPUs in bf16: FlashAttention, 3 or 4 where installed, else torch's 2."""
     swiglu: KernelBackend | None = None
     """silu(gate) · up."""
     geglu: KernelBackend | None = None

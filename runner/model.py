@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimpot.kernels.dispatch import choose
+from trimpot.kernels.vendor.flash import gpu_facts
 from trimpot.runner import hub
 from trimpot.runner.adapters.lora import add_lora
 from trimpot.runner.adapters.nf4_linear import nf4_layers
 from trimpot.runner.engine import reach, sequence_workers
 from trimpot.runner.errors import ConfigError, PlanError
 from trimpot.runner.fused.swap import Table, remake_products, swap_in
+from trimpot.runner.plan.kernels import ATTENTION
 from trimpot.runner.quantized import load_nf4
 from trimpot.runner.types import Plan
 
@@ -30,7 +33,7 @@ def build_model(plan: Plan, deepspeed: dict[str, Any] | None) -> nn.Module:
         _freeze_but(model, config.freeze.trainable)
     workers = sequence_workers(plan.sequence_parallel_size)
     partitioned = reach if plan.zero_stage == 3 else None
-    model.kernels = swap_in(model, plan.kernels, partitioned, workers)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    model.kernels = swap_in(model, _kernels_here(plan, model), partitioned, workers)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     if workers is not None and not attends_by_document(model):
         raise PlanError(
             f"fleet.sequence_parallel_size {workers.size} wants attention by document, and "
@@ -63,6 +66,18 @@ def _load(plan: Plan, deepspeed: dict[str, Any] | None) -> nn.Module:
         double_quant=section.double_quant,
         backend=plan.kernels["nf4"]["backend"],
     )
+
+
+def _kernels_here(plan: Plan, model: Any) -> Table:
+    """The plan's, whose FlashAttention must also suit this worker's GPU and the model's scores."""
+    section, choice = plan.config.kernels, plan.kernels.get(ATTENTION)
+    if choice is None or choice["backend"] != "vendor":
+        return plan.kernels
+    facts: dict[str, Any] = {"device": "cuda", "dtype": str(dtype_of(plan)).removeprefix("torch.")}
+    facts["softcap"] = getattr(model.config, "attn_logit_softcapping", None)
+    facts |= gpu_facts(torch.device("cuda"))
+    found = choose(ATTENTION, getattr(section, ATTENTION) or section.default, **facts)
+    return {**plan.kernels, ATTENTION: {"backend": found.backend, "why": found.why}}
 
 
 def kernels_of(model: nn.Module) -> Table:

@@ -133,6 +133,10 @@ class Saver:
         job.checkpoint = commit(job.partial, files, **job.facts)
         prune(self.folder, job.checkpoint, self.keep, self.token, job.spare, self.reading())
 
+    def make_room(self, newest: Checkpoint) -> None:
+        """Keep no checkpoint but the newest. The others may have begun the next save already."""
+        prune(self.folder, newest, 1, self.token, reading=self.reading())
+
     def progress(self) -> tuple[float, float]:
         """(1 if this worker's shard is written, 1 if that failed), for `advance` to be given the
         sums over all workers."""

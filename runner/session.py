@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from trimpot.runner import engine as engines
 from trimpot.runner.adapters.peft_io import save_adapter
-from trimpot.runner.checkpoint import Reader, load_state, prune
+from trimpot.runner.checkpoint import Reader, load_state
 from trimpot.runner.copier import Copier, Uncopied, together
 from trimpot.runner.data.compile import Compiled
 from trimpot.runner.engine import Engine
@@ -277,7 +277,7 @@ class Session:
         # What worker 0 says counts: it alone knows of the commit.
         if engines.first_text(self.trouble if self.rank == 0 else ""):  # once more, with more room
             if self.rank == 0 and self.last is not None:
-                prune(self.run / "checkpoints", self.last, keep=1)
+                self.saver.make_room(self.last)
             self._begin(step, complete)
             self._hear(self.saver.finish())
         if not self.trouble and complete and self.rank == 0:

@@ -1,7 +1,8 @@
 """From the name of an op and a backend to the module that computes it.
 
-Every tensor op has its definition in `ops/<op>.py`, C++ in `cpp/<op>.py` and Triton in
-`triton/<op>.py`, with functions of the same names and signatures. Modules are loaded when they
+Every tensor op has its definition in `ops/<op>.py`, C++ in `cpp/<op>.py`, Triton in
+`triton/<op>.py` and what others made for GPUs in `vendor/<op>.py`, with functions of the same
+names and signatures. Modules are loaded when they
 are first asked for: nothing pulls in triton that does not use it.
 """
 
@@ -17,7 +18,7 @@ import torch
 from trimpot.kernels.dispatch import AUTO, choose
 from trimpot.kernels.errors import BackendError
 
-FOLDERS = {"torch": "ops", "cpp": "cpp", "triton": "triton"}
+FOLDERS = {"torch": "ops", "cpp": "cpp", "triton": "triton", "vendor": "vendor"}
 
 
 @functools.cache

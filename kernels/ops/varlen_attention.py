@@ -28,6 +28,7 @@ import torch
 from trimpot.kernels.errors import KernelError
 from trimpot.kernels.ops.implementation import implementation, resolve
 from trimpot.kernels.ops.opmath import as_given, in_working_type, opmath, promoted
+from trimpot.kernels.vendor.flash import gpu_facts
 
 
 def varlen_attention(
@@ -195,7 +196,7 @@ def _op(
     softcap: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    chosen = _implementation(backend, q)
+    chosen = _implementation(backend, q, softcap)
     with as_given(q.device):
         return chosen.forward(q, k, v, cu_seqlens, scale, window, softcap)
 
@@ -220,7 +221,7 @@ def _backward_op(
     softcap: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    chosen = _implementation(backend, q)
+    chosen = _implementation(backend, q, softcap)
     with as_given(q.device):
         return chosen.backward(do, q, k, v, o, lse, cu_seqlens, scale, window, softcap)
 
@@ -230,10 +231,9 @@ def _(do, q, k, v, o, lse, cu_seqlens, scale, window, softcap, backend):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _implementation(backend: str, q: torch.Tensor):
-    return implementation(
-        "varlen_attention", resolve("varlen_attention", backend, q, head_dim=q.shape[2])
-    )
+def _implementation(backend: str, q: torch.Tensor, softcap: float):
+    facts = {"head_dim": q.shape[2], "softcap": softcap, **gpu_facts(q.device)}
+    return implementation("varlen_attention", resolve("varlen_attention", backend, q, **facts))
 
 
 def _setup_context(ctx, inputs, output):

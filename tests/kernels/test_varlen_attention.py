@@ -292,8 +292,9 @@ def test_heads_too_wide_are_the_definitions() -> None:
     wide = dispatch.choose("varlen_attention", head_dim=264)
     assert (wide.backend, wide.why) == (
         "torch",
-        "plain definition; no triton: tensors are on the CPU; no cpp: heads are 264 wide, over 256",
-    )  # fmt: skip
+        "plain definition; no vendor: tensors are on the CPU; no triton: tensors are on the CPU; "
+        "no cpp: heads are 264 wide, over 256",
+    )
     n = Packed((5,), 1, 1, 264)
     q, k, v, _ = inputs(n, torch.float32)
     auto = varlen_attention(q, k, v, n.cu_seqlens)

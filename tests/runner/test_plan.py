@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from trimpot.kernels import native
 from trimpot.kernels.cpp.rates import permitted
 from trimpot.kernels.dispatch import preferred_arithmetic
 from trimpot.kernels.errors import BackendError
+from trimpot.runner import model
 from trimpot.runner.adapters.lora import add_lora
 from trimpot.runner.config import Config, all_keys, check_config
 from trimpot.runner.engine import deepspeed_config
@@ -691,10 +693,42 @@ def test_attention_stays_where_only_the_definition_runs(facts: ModelFacts) -> No
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_attention_on_gpus_is_tritons(facts: ModelFacts) -> None:
+def test_attention_on_gpus_is_flash_attention_in_bf16_else_tritons(facts: ModelFacts) -> None:
     gpus = Fleet(gpus_per_node=1, memory_bytes=2**34)
-    for section in ({}, {"default": "triton"}, {"varlen_attention": "triton"}):
-        assert kernels(facts, gpus, kernels=section)["varlen_attention"] == "triton"
+    assert kernels(facts, gpus, precision="bf16")["varlen_attention"] == "vendor"
+    assert kernels(facts, gpus, precision="fp32")["varlen_attention"] == "triton"
+    narrow = dataclasses.replace(facts, head_dim=20)
+    assert kernels(narrow, gpus, precision="bf16")["varlen_attention"] == "triton"
+    for section in ({"default": "triton"}, {"varlen_attention": "triton"}):
+        found = kernels(facts, gpus, kernels=section, precision="bf16")
+        assert found["varlen_attention"] == "triton"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_worker_without_flash_attention_takes_triton(facts: ModelFacts, monkeypatch) -> None:
+    """What GPU a worker has, and what its model's scores are, the plan does not know."""
+    gpus = Fleet(gpus_per_node=1, memory_bytes=2**34)
+
+    def found(gpu: dict[str, str], softcap: float | None = None, **section: str) -> dict[str, str]:
+        data = {"train": "t", "max_length": 32}
+        config = run(data=data, precision="bf16", kernels=section)
+        plan = make_plan(config, gpus, facts, "/r")
+        assert plan.kernels["varlen_attention"]["backend"] == "vendor"
+        monkeypatch.setattr(model, "gpu_facts", lambda device: gpu)
+        scores = SimpleNamespace(config=SimpleNamespace(attn_logit_softcapping=softcap))
+        return model._kernels_here(plan, scores)["varlen_attention"]
+
+    hopper = {"architecture": "sm_90", "flash": "FA3"}
+    assert found(hopper) == {"backend": "vendor", "why": "FlashAttention (FA3)"}
+    for gpu, softcap, why in (
+        ({"architecture": "gfx942"}, None, "the GPU is gfx942"),
+        ({"architecture": "sm_90", "flash": ""}, None, "built without FlashAttention"),
+        (hopper, 50.0, "scores have a soft cap of 50"),
+    ):
+        told = found(gpu, softcap)
+        assert told["backend"] == "triton" and why in told["why"]
+        with pytest.raises(BackendError, match="vendor was asked for and can't run"):
+            found(gpu, softcap, varlen_attention="vendor")
 
 
 def test_a_backend_that_cant_run_ends_the_plan(facts: ModelFacts) -> None:

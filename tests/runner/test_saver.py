@@ -245,3 +245,22 @@ def test_waiting_for_a_slow_disk_is_part_of_a_save(tmp_path, monkeypatch):
     waiting.join()
     assert PULSE.outer == "" and PULSE.save_s > 0
     assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == [3]
+
+
+def test_making_room_spares_what_another_worker_has_begun_and_what_is_read(tmp_path):
+    reading = {tmp_path / "step-00000002"}
+    saver = Saver(tmp_path, keep=3, rank=0, world=2, token="mine", reading=lambda: reading)
+    facts = {"plan_digest": "p", "data_digest": "d", "world_size": 1, "zero_stage": 0}
+    for step in (2, 4, 6):
+        saver.begin(
+            {"w": {"weight": torch.ones(3)}}, sharded=False, began=time.perf_counter(),
+            step=step, cursor=12, complete=False, facts=facts,
+        )  # fmt: skip
+        (saved,) = saver.finish()
+        assert isinstance(saved, Saved)
+    begun, left = (tmp_path / f".step-00000008.{whose}.partial" for whose in ("mine", "another"))
+    begun.mkdir()
+    left.mkdir()
+    saver.make_room(saved.checkpoint)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["6", "2"]
+    assert begun.exists() and not left.exists()
