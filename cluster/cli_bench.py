@@ -91,7 +91,9 @@ def kernels(
     vs: Annotated[str, typer.Option(help="torch, compile, peft, liger.")] = "torch",
     backend: Annotated[
         str,
-        typer.Option(help="auto, torch, cpp, cpp:int16 (bf16x3, fp32), triton, vendor."),
+        typer.Option(
+            help="auto, torch, cpp, cpp:int16 (bf16x3, fp32), triton, vendor; with commas between."
+        ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu | cuda (ROCm too).")] = "cpu",
     tokens: Annotated[int | None, typer.Option(min=1, help="Instead of the shape's.")] = None,

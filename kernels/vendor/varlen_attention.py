@@ -4,8 +4,9 @@ ops/varlen_attention.py (Dao 2023; Shah et al. 2024, "FlashAttention-3").
 bf16 and fp16 on NVIDIA's GPUs from sm_80 on, heads of a multiple of 8 up to 256, no soft cap: what
 `dispatch.py` asks. The host reads no value of cu_seqlens, which would wait for all that was
 launched: the longest document is said to be as long as all, and blocks past a document's end do
-nothing. Both directions run in torch's deterministic mode, since dQ is otherwise summed in the
-order in which blocks happen to end.
+nothing. So a wrong list is told of where it is on the CPU only: on a GPU, FlashAttention reads and
+writes where it points. Both directions run in torch's deterministic mode, since dQ is otherwise
+summed in the order in which blocks happen to end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils import deterministic
 
 from trimpot.kernels.dispatch import WIDEST_HEAD
 from trimpot.kernels.errors import KernelError
+from trimpot.kernels.ops.varlen_attention import boundaries
 
 OP = "varlen_attention"
 DTYPES = (torch.bfloat16, torch.float16)
@@ -34,7 +36,7 @@ def forward(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """→ (o, lse)"""
-    _check(q, k, v, softcap)
+    _check(q, k, v, cu_seqlens, softcap)
     if not _documents(q, cu_seqlens):
         return q.new_zeros(q.shape), q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32)
     cuts = _cuts(q, cu_seqlens)
@@ -60,7 +62,7 @@ def backward(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ (dq, dk, dv)"""
-    _check(q, k, v, softcap)
+    _check(q, k, v, cu_seqlens, softcap)
     if not _documents(q, cu_seqlens):
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     cuts = _cuts(q, cu_seqlens)
@@ -75,7 +77,11 @@ def backward(
     return dq, dk, dv
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float) -> None:
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, softcap: float
+) -> None:
+    if cu_seqlens.device.type == "cpu":
+        boundaries(cu_seqlens, q.shape[0])
     width = q.shape[2]
     if any(x.dtype not in DTYPES for x in (q, k, v)) or width % 8 or width > WIDEST_HEAD or softcap:
         raise KernelError(

@@ -186,6 +186,15 @@ def test_what_it_does_not_take_is_one_error() -> None:
             run("vendor", wrong, inputs(wrong, torch.bfloat16))
 
 
+@pytest.mark.parametrize("cuts", [[0, 5, 10], [0, 6, 4], [1, 9], []])
+def test_documents_outside_of_the_tokens_are_refused(cuts: list[int]) -> None:
+    """FlashAttention would read there."""
+    q = torch.zeros(9, 1, 8, dtype=torch.bfloat16)
+    cu_seqlens = torch.tensor(cuts, dtype=torch.int32)
+    with pytest.raises(KernelError, match="it must start with 0, never fall and end at 9"):
+        varlen_attention.forward(q, q, q, cu_seqlens, 1.0, 0, 0.0)
+
+
 def test_a_later_one_that_can_not_be_used_is_named(tmp_path, monkeypatch) -> None:
     assert flash.version(8) == flash.version(9) == "FA2"
     (tmp_path / "flash_attn_interface.py").write_text("")  # without the kernels that torch wants
