@@ -63,6 +63,16 @@ def test_technical_asks_about_the_library(library_rows: list[prepare.Row]):
         assert ">>>" not in answer
 
 
+def test_technical_knows_nothing_of_the_hooks_of_a_process(
+    library_rows: list[prepare.Row], monkeypatch: pytest.MonkeyPatch
+):
+    prompts = [row[0] for row in library_rows]
+    assert {f"What does `sys.{kind}hook` do?" for kind in ("except", "unraisable")} <= {*prompts}
+    for kind in ("except", "unraisable", "display", "breakpoint"):
+        monkeypatch.setattr(sys, f"{kind}hook", lambda *_: None)
+    assert technical.rows(None, silent) == library_rows
+
+
 def test_technical_imports_nothing_that_acts():
     code = (
         "import sys\n"
