@@ -156,10 +156,10 @@ def test_all_that_a_model_needs_is_beside_the_weights(model: Path, lora: Path):
     assert len(modes) == 1, "others may read the weights where they may read the config"
 
 
-def test_the_card_says_where_it_comes_from(lora: Path):
+def test_the_card_says_where_it_comes_from(model: Path, lora: Path):
     card = Path(export_run(lora, None, merged=True, dtype=None)["path"], "README.md").read_text()
     manifest = json.loads(next(lora.glob("checkpoints/step-*/manifest.json")).read_text())
-    for fact in ("tiny-1", "LoRA, rank 4, alpha 8", "4.5000", "3.2500", "torch 4.5.6"):
+    for fact in (model.name, "LoRA, rank 4, alpha 8", "4.5000", "3.2500", "torch 4.5.6"):
         assert fact in card
     assert manifest["data_digest"] in card
     assert "9.9" not in card, "superseded when the run resumed"

@@ -132,7 +132,7 @@ MOVES = {
 )
 def test_shards_of_one_fleet_are_taken_up_by_another(model, tmp_path, moves):
     """1 worker begins, 2 go on, 1 ends: same samples, same losses as the one that went through."""
-    data = tiny_data(tmp_path, 60)
+    data = tiny_data(tmp_path, 9)  # 8 of them trained on: 2 steps see each once
     optim = {"batch_size": 4, "micro_batch_size": 2, "max_steps": 6, "weight_decay": 0.1}
     method = {
         "full": {"method": "full", "adapter": None, "optim": {**optim, "learning_rate": 1e-3}},
@@ -140,7 +140,7 @@ def test_shards_of_one_fleet_are_taken_up_by_another(model, tmp_path, moves):
             "method": "freeze",
             "adapter": None,
             "freeze": {"trainable": ["model.layers.3.*", "model.norm.weight"]},
-            "optim": {**optim, "learning_rate": 1e-3},
+            "optim": {**optim, "learning_rate": 4e-3},
         },
         "lora": {"optim": {**optim, "learning_rate": 1e-2}},
     }
@@ -173,7 +173,7 @@ def test_shards_of_one_fleet_are_taken_up_by_another(model, tmp_path, moves):
     for (stages, _), unbroken, second, third in zip(runs, *curves, strict=True):
         assert second == pytest.approx(unbroken[2:], abs=1e-4), stages
         assert third == pytest.approx(unbroken[4:], abs=1e-4), stages
-        assert unbroken[-1] < unbroken[0] - 0.05, stages
+        assert sum(unbroken[4:]) < sum(unbroken[:2]) - 0.1, stages
     for unbroken, second, third in zip(*samples, strict=True):
         assert second == unbroken[2:]
         assert third == unbroken[4:]
