@@ -30,7 +30,7 @@ from trimpot.runner.errors import ConfigError, TrainError
 REFERENCE, LOW = "fp32", "bf16"
 PEERS = ("fp32", "bf16", "fp32-documents")
 COMPILED = "fp32-compiled"
-"""Asked for by name only: it compiles for a minute, and was slower than fp32 wherever measured."""
+"""Asked for by name only: it compiles for minutes before the first round."""
 
 FAR_BEHIND = 8
 """A side which takes that many times as long as the fastest is not the peer to beat: bf16 takes 20

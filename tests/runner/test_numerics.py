@@ -23,6 +23,8 @@ from trimpot.runner.tasks.causal_lm import token_loss_sum
 from trimpot.runner.types import Plan
 
 STEPS, BATCH = 20, 8
+ARRANGEMENTS = ((0, 1), (0, 4), (1, 2), (2, 1), (2, 4), (3, 1), (3, 2), (3, 4))
+"""ZeRO stages with micro-batches of a worker and step: what is summed where differs by stage."""
 
 
 def adapter_of(plan: Plan) -> dict[str, torch.Tensor]:
@@ -59,8 +61,7 @@ def test_every_arrangement_trains_what_plain_torch_trains(reference, tmp_path, w
     assert losses[-1] < losses[0] - 0.3  # it learns, so that agreeing means something
     plans = [
         prepared(arranged(base, tmp_path, world, stage, accumulation))
-        for stage in (0, 1, 2, 3)
-        for accumulation in (1, 2, 4)
+        for stage, accumulation in ARRANGEMENTS
     ]
     for kind in (True, "selective"):
         recomputed = base.model.model_copy(update={"activation_checkpointing": kind})

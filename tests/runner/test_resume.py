@@ -73,7 +73,7 @@ def test_interrupted_is_bit_equal_to_unbroken(model, tmp_path, world):
         update = {**sections, "optim": {"batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-2}}
         update["optim"] |= {"micro_batch_size": 4 // world // 2, **sections.get("optim", {})}
         update["fleet"] = {"workers": world, **sections["fleet"]}
-        every = range(1, STEPS) if name in ("fp32-zero2-dropout", "bf16-zero2-decay") else [2]
+        every = range(1, STEPS) if name == "fp32-zero2-dropout" else [2]
         for stop in [None, *every]:
             plans.append(prepared(config(model, data, tmp_path / f"{name}-{stop}", **update)))
             stops.append(stop)
